@@ -1,0 +1,513 @@
+"""The command line: arguments in, the flow, one report out.
+
+Zarr and distributed are imported inside the verbs, so that `--help` and mistakes in flags answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.errors import InputError, PipelineError
+from pipeline.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from numpy.typing import NDArray
+
+    from pipeline.collect import Gathering
+    from pipeline.matrix import Matrix
+    from pipeline.report import Watch
+    from pipeline.writeback import Storing
+
+_EPILOG = (
+    "Exit codes: 0 done; 1 a bug of ours; 2 bad input; 3 cannot open or connect; 4 data integrity; 5 memory or disk; "
+    "6 incomplete; 7 output exists; 130, 143 interrupted. Each option can be set by the environment variable "
+    "PIPELINE_NAME, such as PIPELINE_MEMORY=8GB."
+)
+
+
+class _Option(click.Option):
+    """An option that the environment variable PIPELINE_NAME sets, too; not so where it lets files be replaced."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.name not in (None, "overwrite", "out"):
+            self.envvar = f"PIPELINE_{self.name}".upper()
+
+
+def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+    return click.option(*names, cls=_Option, **settings)
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds as Ctrl-C does, so that nothing half-written stays."""
+
+
+def main() -> None:
+    """Run the command line, and turn every failure into one line and its exit code."""
+    debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.ClickException as error:
+        message = " ".join(error.format_message().split())
+        verb = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pipeline"
+        code, text = 2, f"the command line; {message.rstrip('.')}; see {verb} --help"
+    except PipelineError as error:
+        code, text = error.exit_code, "; ".join([str(error), *getattr(error, "__notes__", [])])
+    except (KeyboardInterrupt, click.Abort):
+        code, text = 130, "interrupted; nothing was kept; run it again"
+    except _Terminated:
+        code, text = 143, "terminated; nothing was kept; run it again"
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 (the last line of defence: no traceback reaches the user)
+        code, text = 1, f"a bug of ours; {type(error).__name__}: {error}; run it with --debug and report what it says"
+    if debug:
+        traceback.print_exc()
+    text = " ".join(text.split())
+    if as_json:
+        click.echo(json.dumps({"error": text, "exit_code": code}))
+    click.echo(f"error: {text}", err=True)
+    sys.exit(code)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.version_option(package_name="random-windows", prog_name="pipeline")
+def cli() -> None:
+    """Read random windows out of a matrix that is larger than memory, as fast as the storage allows, on Dask."""
+
+
+def _common(function: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of words."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no link."),
+        click.option("-v", "--verbose", is_flag=True, help="Dask's own log lines, too."),
+        click.option("--debug", is_flag=True, help="Tracebacks of failures."),
+    ]
+    return functools.reduce(lambda made, option: option(made), reversed(options), function)
+
+
+_cluster_option = _option(
+    "--cluster", metavar="FILE", help="Cluster file. Default: ./cluster.yaml if it is there, else this machine's cores."
+)
+_memory_option = _option("--memory", metavar="SIZE", help="Most that the run may hold, such as 8GB.")
+_overwrite_option = _option("--overwrite", is_flag=True, help="Replace an output that this program wrote.")
+
+
+def _request(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that `run` and `plan` share."""
+    options = [
+        click.argument("matrix", metavar="MATRIX"),
+        _option("--count", type=int, default=10_000, show_default=True, help="Windows to draw."),
+        _option("--length", type=int, default=16, show_default=True, help="Rows of a window."),
+        _option("--seed", type=int, default=0, show_default=True, help="Of the starts."),
+        _option("--within", type=click.Choice(["parts"]), help="No window crosses the border of two source files."),
+        _option("--starts", metavar="FILE", help="Starts from a .npy, a text file, or - for standard input."),
+        _option("--out", metavar="PATH", help="X.zarr (workers write) or X.npy. Default: an array that is not kept."),
+        _option("--apply", "apply_name", metavar="MODULE:FUNCTION", help="Run on each block; only its result travels."),
+        _option("--order", type=click.Choice(["request", "chunk"]), help="Order of X.zarr.  [default: request]"),
+        _memory_option,
+        _overwrite_option,
+        _common,
+    ]
+    return functools.reduce(lambda made, option: option(made), reversed(options), function)
+
+
+@cli.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.argument("dest", metavar="DEST")
+@_option("--dtype", help="Of raw binary, such as float32 or >i2; also of random:.")
+@_option("--row-shape", metavar="N[,N...]", help="Shape of a row of raw binary.")
+@_option("--dataset", help="Name of the HDF5 data set in each file.")
+@_option("--axis", type=int, default=0, show_default=True, help="Which axis of the source holds the rows.")
+@_option("--seed", type=int, default=0, show_default=True, help="Of random:.")
+@_option("--length", type=int, default=16, show_default=True, help="Rows of a window: what compressed chunks fit.")
+@_option("--shard-rows", type=int, help="Rows of a shard; 0 writes plain chunks. Default: about 64 MiB.")
+@_option("--chunk-rows", type=int, help="Rows of an inner chunk. Default: about 64 KiB.")
+@_option("--compress", type=click.Choice(["zstd", "blosc"]), help="Default: not compressed.")
+@_memory_option
+@click.option("--dry-run", is_flag=True, help="Say what it would cost, and write nothing.")
+@_overwrite_option
+@_cluster_option
+@_common
+def create(
+    sources: tuple[str, ...],
+    dest: str,
+    *,
+    row_shape: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    cluster: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    debug: bool,  # noqa: ARG001 (read by main)
+    **settings: Any,
+) -> None:
+    """Make a matrix of what is there.
+
+    SOURCE is an .npy, raw binary (with --dtype and --row-shape), HDF5 (A.h5::dataset, or --dataset), a Zarr array, or
+    random:ROWSxCOLS. Several are stacked by rows.
+    """
+    from pipeline.create import plan_creation
+    from pipeline.memory import PeakMemory
+
+    begin = time.perf_counter()
+    creation = plan_creation(
+        sources[0] if len(sources) == 1 else list(sources),
+        dest,
+        row_shape=_parse_shape(row_shape),
+        overwrite=overwrite,
+        **settings,
+    )
+    free = _free_nbytes(creation.dest.parent)
+    if dry_run:
+        costs = {
+            "nbytes_read": creation.nbytes_read,
+            "nbytes_written": creation.nbytes_written,
+            "files": creation.files,
+            "tasks": creation.tasks,
+            "task_nbytes": creation.task_nbytes,
+            "disk_free": free,
+        }
+        _report(creation.facts() | {"disk": f"{format_size(free)} free"}, costs, as_json=as_json)
+        return
+    ready = time.perf_counter()
+    with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
+        started = time.perf_counter()
+        with _shown("rows", quiet=quiet) as watch:
+            matrix = creation.run(watch)
+        ended = time.perf_counter()
+    numbers = {
+        "path": matrix.path,
+        "shape": list(matrix.shape),
+        "dtype": matrix.dtype.name,
+        "nbytes": matrix.nbytes,
+        "nbytes_read": watch.nbytes_read,
+        "tasks": watch.done_tasks,
+        **_seconds(watch, begin, ready, started, ended),
+        "bytes_per_second": matrix.nbytes / (ended - started),
+        "peak_memory": peak.nbytes,
+        "dashboard": link,
+    }
+    _report(matrix.facts() | _run_facts(numbers), numbers, as_json=as_json)
+
+
+@cli.command()
+@click.argument("matrix", metavar="MATRIX")
+@_option("--length", type=int, default=16, show_default=True, help="Rows of a window.")
+@_common
+def info(matrix: str, length: int, *, as_json: bool, **_: bool) -> None:
+    """Say what a matrix is, and what a window costs."""
+    from pipeline.matrix import open_matrix
+
+    opened = open_matrix(matrix)
+    length = opened.check_length(length)
+    layout = opened.layout
+    wanted = length * opened.row_nbytes
+    nbytes_read = wanted
+    if layout.reader == "decoded":
+        # A window at a random start touches 1 + (length - 1) / chunk_rows chunks on average.
+        nbytes_read = round((1 + (length - 1) / layout.chunk_rows) * layout.chunk_rows * opened.row_nbytes)
+    present, total, stored = opened.count_files()
+    numbers = {
+        "path": opened.path,
+        "shape": list(opened.shape),
+        "dtype": opened.dtype.name,
+        "byteorder": layout.byteorder,
+        "chunk_rows": layout.chunk_rows,
+        "shard_rows": layout.shard_rows,
+        "codecs": list(layout.codecs),
+        "reader": layout.reader,
+        "files_present": present,
+        "files": total,
+        "nbytes": opened.nbytes,
+        "nbytes_stored": stored,
+        "length": length,
+        "window_nbytes": wanted,
+        "window_nbytes_read": nbytes_read,
+        "window_amplification": nbytes_read / wanted,
+        "parts": None if opened.parts is None else opened.parts.tolist(),
+    }
+    kind = "shards" if layout.shard_rows else "chunks"
+    facts = opened.facts() | {
+        "present": f"{present:,} of {total:,} {kind}",
+        "on disk": f"{format_size(stored)} ({stored / opened.nbytes:.2f} of the size in memory)",
+        f"a window of {length}": f"{format_size(wanted)}, reads {format_size(nbytes_read)} on average, "
+        f"amplification {nbytes_read / wanted:.2f}",
+    }
+    _report({"matrix": opened.path, **facts}, numbers, as_json=as_json)
+
+
+@cli.command()
+@_request
+def plan(*, as_json: bool, **arguments: Any) -> None:
+    """Say what `run` would do and cost.
+
+    Reads no data, but for one window where --apply is given.
+    """
+    _, sink = _prepare(**arguments)
+    planned, peak = sink.plan, sink.footprint().peak_nbytes
+    numbers: dict[str, Any] = {
+        "windows": len(planned),
+        "length": planned.length,
+        "nbytes_wanted": planned.nbytes,
+        "result_shape": list(sink.shape),
+        "result_nbytes": sink.nbytes,
+        "crossings": planned.crossings(),
+        "orders": {
+            cost.order: {
+                "tasks": cost.tasks,
+                "chunks": cost.chunks,
+                "nbytes_read": cost.nbytes_read,
+                "amplification": cost.amplification,
+            }
+            for cost in (planned.chunk, planned.request)
+        },
+        "order": sink.cost.order,
+        "peak_memory": peak,
+        "disk_needed": 0,
+    }
+    facts = planned.facts() | {"this run": f"order {sink.cost.order}", "peak memory": f"about {format_size(peak)}"}
+    if isinstance(sink.out, Path):
+        free = _free_nbytes(sink.out.parent)
+        numbers |= {"disk_needed": sink.nbytes, "disk_free": free}
+        facts["disk"] = f"{format_size(sink.nbytes)} for {sink.out}; {format_size(free)} free"
+    else:
+        facts["disk"] = "none: the array is not kept; name a file with --out"
+    _report(facts, numbers, as_json=as_json)
+
+
+@cli.command()
+@_request
+@_cluster_option
+def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+    """Read windows into an array, an .npy or Zarr."""
+    from pipeline.memory import PeakMemory
+
+    begin = time.perf_counter()
+    matrix, sink = _prepare(**arguments)
+    ready = time.perf_counter()
+    with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
+        started = time.perf_counter()
+        with _shown("windows", quiet=quiet) as watch:
+            sink.run(watch)
+        ended = time.perf_counter()
+    planned = sink.plan
+    numbers = {
+        "matrix": matrix.path,
+        "windows": len(planned),
+        "length": planned.length,
+        "out": None if sink.out is None else str(sink.out),
+        "result_shape": list(sink.shape),
+        "nbytes_delivered": sink.nbytes,
+        "nbytes_read": watch.nbytes_read,
+        "amplification": watch.nbytes_read / planned.nbytes,
+        "crossings": planned.crossings(),
+        "tasks": watch.done_tasks,
+        **_seconds(watch, begin, ready, started, ended),
+        "bytes_per_second": planned.nbytes / (ended - started),
+        "peak_memory": peak.nbytes,
+        "dashboard": link,
+    }
+    shape = ", ".join(f"{size:,}" for size in sink.shape)
+    facts = {
+        "windows": f"{len(planned):,} of {planned.length:,} rows out of {matrix.path}",
+        "result": f"({shape}) {sink.work.result.dtype}, {format_size(sink.nbytes)}",
+        "kept": str(sink.out) if sink.out is not None else "nothing; name a file with --out to keep the windows",
+        "read": f"{format_size(watch.nbytes_read)}, amplification {watch.nbytes_read / planned.nbytes:.2f}",
+    }
+    if matrix.parts is not None and not arguments["within"]:
+        facts["crossings"] = f"{planned.crossings():,} windows cross the border of two parts"
+    _report(facts | _run_facts(numbers), numbers, as_json=as_json)
+
+
+@cli.command()
+@click.argument("directory", metavar="[DIR]", required=False)
+@_cluster_option
+@_common
+def demo(directory: str | None, *, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **_: bool) -> None:
+    """Do the main job end to end, and check it.
+
+    Makes an .npy of 1 GiB, a matrix of it, reads windows into memory and into Zarr, and compares with plain NumPy. Takes about 3 GiB of disk in DIR, where the files stay; without DIR, in a temporary folder that is removed.
+    """
+    from pipeline.demo import run_demo
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
+        say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
+        stack.enter_context(_connected(cluster, quiet=quiet, verbose=verbose))
+        facts, numbers = run_demo(Path(folder), say)
+    _report(facts, numbers, as_json=as_json)
+
+
+def _prepare(
+    *,
+    matrix: str,
+    count: int,
+    length: int,
+    seed: int,
+    within: str | None,
+    starts: str | None,
+    out: str | None,
+    apply_name: str | None,
+    order: str | None,
+    memory: str | None,
+    overwrite: bool,
+    **_: Any,
+) -> tuple[Matrix, Gathering | Storing]:
+    """Do all of a run that comes before its cluster: open, draw, plan, check."""
+    from pipeline.collect import prepare_gathering
+    from pipeline.matrix import open_matrix
+    from pipeline.plan import plan_windows
+    from pipeline.starts import draw_starts, load_starts
+    from pipeline.tasks import check_order
+    from pipeline.writeback import prepare_storing
+
+    suffix = Path(out).suffix if out is not None else None
+    if suffix not in (None, ".zarr", ".npy"):
+        raise InputError(f"--out ends in .zarr or .npy; got {out!r}; rename it")
+    if order is not None and suffix != ".zarr":
+        raise InputError(f"--order is for --out X.zarr; got --order {order} with {out or 'no --out'}; drop it")
+    opened = open_matrix(matrix)
+    opened.check_length(length)
+    if starts is not None:
+        _refuse_given("count", "seed", "within", beside="--starts")
+        chosen = load_starts(starts)
+    else:
+        if within and opened.parts is None:
+            raise InputError(f"--within parts is for a matrix of several sources; {matrix} has one; drop it")
+        parts = opened.parts if within else None
+        chosen = draw_starts(opened.rows, length=length, count=count, seed=seed, within=parts)
+    planned = plan_windows(opened, chosen, length=length, memory=memory)
+    function = None if apply_name is None else _load_function(apply_name)
+    if out is not None and suffix == ".zarr":
+        sequence = check_order(order or "request")
+        return opened, prepare_storing(planned, out, apply=function, order=sequence, overwrite=overwrite)
+    return opened, prepare_gathering(planned, apply=function, out=out, overwrite=overwrite)
+
+
+def _refuse_given(*names: str, beside: str) -> None:
+    """Refuse options that would be ignored."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise InputError(f"{beside} names every window; got --{name}, too; drop one of the two")
+
+
+def _load_function(name: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Import MODULE:FUNCTION, from the working directory, too."""
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name:
+        raise InputError(f"--apply is MODULE:FUNCTION; got {name!r}; write it such as features:mean")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InputError(
+            f"--apply names a module that can be imported; {module_name}: {type(error).__name__}: {error}; mend it"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"--apply names a function; {module_name} has none called {function_name!r}; check its name")
+    if Path(getattr(module, "__file__", None) or "/").resolve().parent == Path(folder).resolve():
+        import cloudpickle
+
+        # Worker processes do not share this folder's path: send the code itself.
+        cloudpickle.register_pickle_by_value(module)
+    loaded: Callable[[NDArray[Any]], NDArray[Any]] = function
+    return loaded
+
+
+def _parse_shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    words = text.strip("() ").rstrip(",").split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise InputError(f"--row-shape is whole numbers with commas; got {text!r}; write it such as 2000 or 64,64")
+    return tuple(int(word) for word in words)
+
+
+@contextlib.contextmanager
+def _connected(cluster: str | None, *, quiet: bool, verbose: bool) -> Iterator[str | None]:
+    """Connect to the cluster, and yield the dashboard's address."""
+    from pipeline.cluster import connect, dashboard_link
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+            client = stack.enter_context(connect(cluster, **({"silence_logs": False} if verbose else {})))
+        yield dashboard_link(client)
+
+
+@contextlib.contextmanager
+def _shown(unit: str, *, quiet: bool) -> Iterator[Watch]:
+    from pipeline.progress import ShownWatch
+
+    with ShownWatch(unit, quiet=quiet) as watch:
+        yield watch
+
+
+def _seconds(watch: Watch, begin: float, ready: float, started: float, ended: float) -> dict[str, float]:
+    """Seconds of the wall clock by stage; reading, applying and writing are summed over tasks that run side by side."""
+    return {
+        "seconds": ended - begin,
+        "plan_seconds": ready - begin,
+        "startup_seconds": started - ready,
+        "work_seconds": ended - started,
+        "read_seconds": watch.read_seconds,
+        "apply_seconds": watch.apply_seconds,
+        "write_seconds": watch.write_seconds,
+    }
+
+
+def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
+    stages = {"plan": "plan", "start-up": "startup", "work": "work"}
+    clock = ", ".join(f"{word} {numbers[f'{key}_seconds']:.2f}" for word, key in stages.items())
+    tasks = ", ".join(f"{word} {numbers[f'{word}_seconds']:.2f}" for word in ("read", "apply", "write"))
+    return {
+        "seconds": f"{numbers['seconds']:.2f}: {clock}",
+        "in tasks": f"{numbers['tasks']:,} tasks, summed seconds: {tasks}",
+        "rate": f"{numbers['bytes_per_second'] / 1e6:,.0f} MB/s",
+        "peak memory": format_size(numbers["peak_memory"]),
+        "dashboard": f"{numbers['dashboard'] or 'none'} while it ran",
+    }
+
+
+def _free_nbytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _report(facts: dict[str, str], numbers: dict[str, Any], *, as_json: bool) -> None:
+    """Print what a verb found: words in two columns, or one JSON object."""
+    if as_json:
+        click.echo(json.dumps(numbers))
+        return
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        click.echo(f"{key:<{width}}  {value}")

@@ -1,0 +1,241 @@
+"""Tasks into one array: each window is written to its place, so no inverse permutation exists to get wrong."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.cluster import check_client
+from pipeline.errors import InputError
+from pipeline.readers import check_files
+from pipeline.report import Watch
+from pipeline.staging import check_destination, stage_file
+from pipeline.tasks import (
+    Apply,
+    Receipt,
+    Work,
+    active_client,
+    count_threads,
+    fit_memory,
+    make_block,
+    name_tasks,
+    prepare_work,
+    read_block,
+    run_tasks,
+    shares_memory,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from pipeline.plan import Cost, Plan, Task
+    from pipeline.tasks import Footprint
+
+
+@dataclass(slots=True)
+class _Destination:
+    """An array that tasks of this process write into, until it is the caller's again."""
+
+    array: NDArray[Any]
+    writers: int = 0
+
+
+_destinations: dict[str, _Destination] = {}
+_registry = threading.Condition()
+
+
+@contextmanager
+def _publish(array: NDArray[Any]) -> Iterator[str]:
+    """Let tasks of this process find `array` under the yielded run's id; on leaving, wait for those at work in it."""
+    run = uuid.uuid4().hex
+    destination = _Destination(array)
+    with _registry:
+        _destinations[run] = destination
+    try:
+        yield run
+    finally:
+        with _registry:
+            del _destinations[run]
+            _registry.wait_for(lambda: destination.writers == 0)
+
+
+@contextmanager
+def _borrow(run: str) -> Iterator[NDArray[Any] | None]:
+    """Yield the run's array, or None in another process or after the run."""
+    with _registry:
+        destination = _destinations.get(run)
+        if destination is not None:
+            destination.writers += 1
+    if destination is None:
+        yield None
+        return
+    try:
+        yield destination.array
+    finally:
+        with _registry:
+            destination.writers -= 1
+            _registry.notify_all()
+
+
+def place_block(work: Work, task: Task, run: str) -> tuple[NDArray[np.int64], NDArray[Any], Receipt] | Receipt:
+    """Read a task's windows straight into the run's array where this process holds it; else return them."""
+    with _borrow(run) as out:
+        if out is None:
+            return make_block(work, task)
+        return read_block(work, task, out, task.places)
+
+
+def gather(
+    plan: Plan,
+    *,
+    apply: Apply | None = None,
+    out: NDArray[Any] | str | Path | None = None,
+    overwrite: bool = False,
+) -> NDArray[Any]:
+    """Read every window into one array, in request order.
+
+    Tasks run on the active `distributed.Client`, else on Dask's threaded scheduler. Workers in this process write
+    straight into the array; others send their blocks, of which only a bounded number is held.
+
+    Parameters
+    ----------
+    plan
+        As `plan_windows` gives it.
+    apply
+        Function of one block (k, length, *row_shape) -> (k, ...), each window for itself; k is unspecified. It runs
+        on the workers. Default: the windows as they are.
+    out
+        An array to fill, of the result's shape and dtype and C-contiguous; or the path of an `.npy` file, which
+        appears only when it is complete, and whose memory map is returned. Default: a new array.
+    overwrite
+        Whether an `.npy` that exists may be replaced.
+
+    Returns
+    -------
+    ndarray
+        (n, length, *row_shape), or (n, ...) as `apply` made it.
+
+    Raises
+    ------
+    BudgetError
+        If the result does not fit the memory budget; nothing is allocated.
+    IntegrityError
+        If a chunk is absent, short or corrupt, or `apply` breaks its contract.
+    OutputExistsError
+        If the `.npy` is there already.
+
+    Examples
+    --------
+    >>> import numpy, pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> numpy.save(folder / "A.npy", numpy.arange(600.0).reshape(300, 2))
+    >>> matrix = pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
+    >>> plan = pipeline.plan_windows(matrix, [200, 7], length=16)
+    >>> pipeline.gather(plan).shape
+    (2, 16, 2)
+    >>> pipeline.gather(plan, apply=lambda block: block.mean(axis=(1, 2)))
+    array([415.5,  29.5])
+    """
+    return prepare_gathering(plan, apply=apply, out=out, overwrite=overwrite).run(Watch())
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """A `gather` that was checked and may begin. Made by `prepare_gathering`."""
+
+    plan: Plan
+    work: Work
+    out: NDArray[Any] | Path | None
+    overwrite: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return (len(self.plan), *self.work.result.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return len(self.plan) * self.work.result.nbytes
+
+    @property
+    def cost(self) -> Cost:
+        """What reading costs."""
+        return self.plan.chunk
+
+    def footprint(self) -> Footprint:
+        """Memory of the run; BudgetError where it does not fit."""
+        plan, work, client = self.plan, self.work, active_client()
+        if client is not None:
+            check_client(client)
+        block = plan.task_windows * work.result.nbytes
+        each = plan.reading_nbytes
+        if work.apply is not None:
+            each += plan.block_nbytes + block
+        if not shares_memory(client):
+            each += block
+        held = self.nbytes if self.out is None else 0
+        way_out = (
+            "write it to disk with --out X.npy or X.zarr (out= of gather, or store)" if held else "raise the limit"
+        )
+        what = f"the array of {len(plan):,} windows" if held else "one task"
+        return fit_memory(each, plan.memory, threads=count_threads(client), held=held, what=what, way_out=way_out)
+
+    def run(self, watch: Watch) -> NDArray[Any]:
+        """Read the windows, telling `watch` of every task that is done."""
+        footprint = self.footprint()
+        out, dtype = self.out, self.work.result.dtype
+        if isinstance(out, Path):
+            with stage_file(out, dtype, self.shape, overwrite=self.overwrite) as array:
+                self._fill(array, watch, footprint.at_once)
+            written: NDArray[Any] = np.load(out, mmap_mode="r+", allow_pickle=False)
+            return written
+        if out is None:
+            out = np.empty(self.shape, dtype)
+        self._fill(out, watch, footprint.at_once)
+        return out
+
+    def _fill(self, out: NDArray[Any], watch: Watch, at_once: int) -> None:
+        with _publish(out) as run:
+            tasks = name_tasks("read", place_block, ((self.work, task, run) for task in self.plan.tasks("chunk")))
+            watch.begin(len(tasks), len(self.plan), out.nbytes)
+            for result in run_tasks(tasks, at_once=at_once):
+                if isinstance(result, Receipt):
+                    watch.task_done(result)
+                else:
+                    places, block, receipt = result
+                    out[places] = block
+                    watch.task_done(receipt)
+
+
+def prepare_gathering(
+    plan: Plan, *, apply: Apply | None, out: NDArray[Any] | str | Path | None, overwrite: bool
+) -> Gathering:
+    """Check everything that `gather` needs before it begins: files, `apply`, destination, memory."""
+    if isinstance(out, str | Path):
+        out = Path(out)
+        if out.suffix != ".npy":
+            raise InputError(f"out is an array or the path of an .npy file; got {out}; name it .npy, or use store")
+        check_destination(out, nbytes=0, overwrite=overwrite)
+    check_files(plan.matrix, plan.sorted_starts, plan.length)
+    gathering = Gathering(plan, prepare_work(plan, apply), out, overwrite)
+    shape, dtype = gathering.shape, gathering.work.result.dtype
+    if isinstance(out, np.ndarray) and not (
+        out.shape == shape and out.dtype == dtype and out.flags.c_contiguous and out.flags.writeable
+    ):
+        raise InputError(
+            f"out is a writable C-contiguous array of shape {shape}, {dtype}; got shape {out.shape}, {out.dtype}, "
+            f"strides {out.strides}, {'' if out.flags.writeable else 'not '}writable; allocate it with numpy.empty"
+        )
+    if isinstance(out, Path):
+        check_destination(out, nbytes=gathering.nbytes, overwrite=overwrite)
+    gathering.footprint()
+    return gathering

@@ -1,0 +1,291 @@
+"""A matrix from what people have: any source, streamed into shards, a Dask task for a run of whole shards."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import InputError, OutputExistsError
+from pipeline.matrix import ATTRIBUTE, Matrix, html_table, open_matrix
+from pipeline.memory import budget, parse_size
+from pipeline.report import Watch
+from pipeline.shards import Compression, Cut, create_array, cut_rows, write_entries
+from pipeline.sizes import format_size
+from pipeline.sources import Source, open_source
+from pipeline.staging import check_destination, stage_folder
+from pipeline.tasks import Footprint, Receipt, active_client, count_threads, fit_memory, name_tasks, run_tasks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import zarr
+    from numpy.typing import DTypeLike
+
+_FILE_COPIES = 3
+"""Writing a file holds its rows and, through zarr, twice their bytes more."""
+_READ_SHARE = 0.25
+"""Part of the memory budget that the rows of one task may take, where a source's chunks make long runs pay."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Creation:
+    """How a source will become a matrix, and what that costs. Frozen; made by `plan_creation`."""
+
+    source: Source
+    dest: Path
+    cut: Cut
+    compress: Compression | None
+    task_rows: int
+    """Rows of one task: whole shards; long enough that a source's chunk is decoded once, where memory allows."""
+    memory: int | None
+    overwrite: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of the source."""
+        return self.source.shape[0]
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.source.shape[1:]) * self.source.dtype.itemsize
+
+    @property
+    def files(self) -> int:
+        """Shards, or plain chunks, to be written."""
+        return -(-self.rows // self.cut.file)
+
+    @property
+    def tasks(self) -> int:
+        """Dask tasks."""
+        return -(-self.rows // self.task_rows)
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of the source that the tasks decode; rows of a chunk at the border of two tasks count twice."""
+        unit = self.source.chunk_rows
+        first = np.arange(self.tasks) * self.task_rows
+        stop = np.minimum(first + self.task_rows, self.rows)
+        return int((np.minimum(-(-stop // unit) * unit, self.rows) - first // unit * unit).sum()) * self.row_nbytes
+
+    @property
+    def nbytes_written(self) -> int:
+        """Bytes of the matrix, its checksums and indexes, before compression; the last file is padded."""
+        chunks = self.files * (self.cut.file // self.cut.chunk)
+        index = 16 * chunks + 4 * self.files if self.cut.shard else 0
+        return self.files * self.cut.file * self.row_nbytes + 4 * chunks + index
+
+    @property
+    def task_nbytes(self) -> int:
+        """Memory that one task holds."""
+        file_nbytes = self.cut.file * self.row_nbytes
+        decoding = self.source.chunk_rows * self.row_nbytes if self.source.chunk_rows > 1 else 0
+        return self.task_rows * self.row_nbytes + (_FILE_COPIES - 1) * file_nbytes + decoding
+
+    def footprint(self) -> Footprint:
+        """Memory of the run; BudgetError where not even one task fits."""
+        threads = count_threads(active_client())
+        return fit_memory(self.task_nbytes, self.memory, threads=threads, what="one task of create")
+
+    def run(self, watch: Watch) -> Matrix:
+        """Write the matrix, telling `watch` of every task that is done."""
+        footprint, shape = self.footprint(), self.source.shape
+        ours: dict[str, Any] = {"kind": "matrix"}
+        parts = getattr(self.source, "parts", None)
+        if parts is not None:
+            ours["parts"] = parts.tolist()
+        with stage_folder(self.dest, nbytes=self.least_nbytes, overwrite=self.overwrite) as partial:
+            array = create_array(
+                partial,
+                shape=shape,
+                dtype=self.source.dtype,
+                cut=self.cut,
+                compress=self.compress,
+                dimension_names=["row", *(f"column_{axis}" for axis in range(len(shape) - 1))],
+                attributes={ATTRIBUTE: ours},
+            )
+            arguments = (
+                (self.source, array, self.cut.file, number, first, min(first + self.task_rows, shape[0]))
+                for number, first in enumerate(range(0, shape[0], self.task_rows))
+            )
+            tasks = name_tasks("create", copy_rows, arguments)
+            watch.begin(len(tasks), shape[0], self.nbytes_written)
+            for receipt in run_tasks(tasks, at_once=footprint.at_once):
+                watch.task_done(receipt)
+        return open_matrix(self.dest)
+
+    @property
+    def least_nbytes(self) -> int:
+        """Disk that the matrix takes for certain: what compression will save is not known."""
+        return 0 if self.compress else self.nbytes_written
+
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know, as words."""
+        written = format_size(self.nbytes_written) + (" before compression" if self.compress else "")
+        unit = f"{self.cut.chunk:,} rows ({format_size(self.cut.chunk * self.row_nbytes)})"
+        return {
+            "shape": f"({', '.join(f'{size:,}' for size in self.source.shape)}) {self.source.dtype.name}",
+            "chunks": f"{unit} in shards of {self.cut.shard:,} rows" if self.cut.shard else unit,
+            "codecs": "bytes" + (f" + {self.compress}" if self.compress else "") + " + crc32c",
+            "reads": format_size(self.nbytes_read),
+            "writes": f"{written} in {self.files:,} {'shards' if self.cut.shard else 'chunks'}",
+            "tasks": f"{self.tasks:,} of {self.task_rows:,} rows",
+            "memory": f"{format_size(self.task_nbytes)} a task",
+        }
+
+    def __repr__(self) -> str:
+        return f"Creation({str(self.dest)!r}: " + "; ".join(f"{k} {v}" for k, v in self.facts().items()) + ")"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Creation of {self.dest}", self.facts())
+
+
+def create_matrix(
+    source: str | Path | Sequence[str | Path] | zarr.Array[Any],
+    dest: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    row_shape: tuple[int, ...] | None = None,
+    dataset: str | None = None,
+    axis: int = 0,
+    seed: int = 0,
+    length: int = 16,
+    shard_rows: int | None = None,
+    chunk_rows: int | None = None,
+    compress: Compression | None = None,
+    memory: int | str | None = None,
+    overwrite: bool = False,
+) -> Matrix:
+    """Make a matrix from what is there; it appears only when it is complete.
+
+    Tasks run on the active `distributed.Client`, else on Dask's threaded scheduler; the workers read and write.
+
+    Parameters
+    ----------
+    source
+        A path: `.npy`, raw binary, HDF5 (`file.h5::dataset`), Zarr; several, stacked by rows, whose borders are kept
+        as `matrix.parts`; an open `zarr.Array`; or `"random:ROWSxCOLS"`, uniform in [0, 1).
+    dest
+        Folder to make; it ends in `.zarr`.
+    dtype, row_shape
+        Of raw binary, and of nothing else; `dtype` also of `random:`.
+    dataset
+        Name of the HDF5 data set, of each file.
+    axis
+        Which axis of the source holds the rows.
+    seed
+        Of `random:`; the same values whatever the layout and the number of workers.
+    length
+        Rows of the windows that will be read: what chunks fit that are compressed.
+    shard_rows, chunk_rows
+        Rows of a shard (0: plain chunks) and of an inner chunk. Default: about 64 MiB and 64 KiB.
+    compress
+        `"zstd"` or `"blosc"`. Default: not compressed, so that any run of rows can be read alone.
+    memory
+        Limit in bytes, or text such as "8GB", for all that the run holds.
+    overwrite
+        Whether a Zarr that this package wrote may be replaced.
+
+    Raises
+    ------
+    NotFoundError, OpenError
+        If a source is absent, truncated or cannot be parsed.
+    InputError
+        If parts do not agree, or a value is out of its range.
+    OutputExistsError
+        If something is at `dest` already.
+    BudgetError, DiskSpaceError
+        If one task does not fit the memory, or the matrix the disk.
+
+    Examples
+    --------
+    >>> import pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> pipeline.create_matrix("random:1000x20", folder / "A.zarr", seed=1).shape
+    (1000, 20)
+    """
+    creation = plan_creation(
+        source,
+        dest,
+        dtype=dtype,
+        row_shape=row_shape,
+        dataset=dataset,
+        axis=axis,
+        seed=seed,
+        length=length,
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
+        compress=compress,
+        memory=memory,
+        overwrite=overwrite,
+    )
+    return creation.run(Watch())
+
+
+def plan_creation(
+    source: str | Path | Sequence[str | Path] | zarr.Array[Any],
+    dest: str | Path,
+    *,
+    dtype: DTypeLike | None,
+    row_shape: tuple[int, ...] | None,
+    dataset: str | None,
+    axis: int,
+    seed: int,
+    length: int,
+    shard_rows: int | None,
+    chunk_rows: int | None,
+    compress: Compression | None,
+    memory: int | str | None,
+    overwrite: bool,
+) -> Creation:
+    """Open the sources and decide everything about the matrix; nothing is created."""
+    dest = Path(dest)
+    if dest.suffix != ".zarr":
+        raise InputError(f"a matrix is a Zarr array in a folder; got {dest}; name it .zarr")
+    if compress not in (None, "zstd", "blosc"):
+        raise InputError(f"compress is zstd or blosc; got {compress!r}; choose one, or leave it out")
+    for name, value, least in (("length", length, 1), ("chunk_rows", chunk_rows, 1), ("shard_rows", shard_rows, 0)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InputError(f"{name} is a whole number of rows; got {value!r}; give one of at least {least}")
+    opened = open_source(source, dtype=dtype, row_shape=row_shape, dataset=dataset, axis=axis, seed=seed)
+    check_destination(dest, nbytes=0, overwrite=overwrite)
+    _check_apart(source, dest)
+    row_nbytes = math.prod(opened.shape[1:]) * opened.dtype.itemsize
+    cut = cut_rows(
+        opened.shape[0], row_nbytes, length=length, compress=compress, chunk_rows=chunk_rows, shard_rows=shard_rows
+    )
+    limit = None if memory is None else parse_size(memory)
+    # A source's chunk that spans many shards would be decoded for each of them: let a task write several.
+    room = int(budget(limit).nbytes * _READ_SHARE)
+    files = max(1, min(-(-opened.chunk_rows // cut.file), room // (cut.file * row_nbytes)))
+    creation = Creation(opened, dest, cut, compress, files * cut.file, limit, overwrite)
+    check_destination(dest, nbytes=creation.least_nbytes, overwrite=overwrite)
+    creation.footprint()
+    return creation
+
+
+def _check_apart(source: Any, dest: Path) -> None:
+    """Refuse a destination that is its own source, or lies inside of it."""
+    given = [source] if isinstance(source, str | Path) else source if isinstance(source, list | tuple) else []
+    for each in given:
+        place = Path(str(each).split("::")[0]).resolve()
+        if place.exists() and (dest.resolve() == place or place in dest.resolve().parents):
+            if place.is_dir() and not (place / "zarr.json").exists() and not (place / ".zarray").exists():
+                continue
+            raise OutputExistsError(f"a matrix lies apart from its source; {dest} is or is inside {each}; name another")
+
+
+def copy_rows(source: Source, array: zarr.Array[Any], file_rows: int, number: int, first: int, stop: int) -> Receipt:
+    """Read rows [first, stop) of a source and write them, a file at a time."""
+    begin = time.perf_counter()
+    rows = source.read_rows(first, stop)
+    read = time.perf_counter()
+    for start in range(first, stop, file_rows):
+        write_entries(array, start, rows[start - first : min(start + file_rows, stop) - first])
+    done = time.perf_counter()
+    return Receipt(number, stop - first, rows.nbytes, read - begin, 0.0, done - read)

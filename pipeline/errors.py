@@ -1,0 +1,59 @@
+"""Every failure that a user can meet: one base class, an exit code each, and the built-in that a caller would catch."""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    The message is one line: the rule, what was got, the way out.
+    """
+
+    exit_code = 1
+    """Exit code of the command line."""
+
+
+class InputError(PipelineError, ValueError):
+    """An argument, a flag or a key of `cluster.yaml` with a value that cannot be used."""
+
+    exit_code = 2
+
+
+class OpenError(PipelineError, OSError):
+    """A source, matrix, starts or cluster file that cannot be opened or parsed, or a cluster that cannot be reached."""
+
+    exit_code = 3
+
+
+class NotFoundError(OpenError, FileNotFoundError):
+    """A named file or folder that is not there."""
+
+
+class IntegrityError(PipelineError, RuntimeError):
+    """Data that are not what their metadata promise, or an `apply` that breaks its contract."""
+
+    exit_code = 4
+
+
+class BudgetError(PipelineError, MemoryError):
+    """The memory budget is too small for the request."""
+
+    exit_code = 5
+
+
+class DiskSpaceError(PipelineError, OSError):
+    """The disk is too small for the output."""
+
+    exit_code = 5
+
+
+class IncompleteError(PipelineError, RuntimeError):
+    """Tasks that failed for good: workers lost, scheduler gone."""
+
+    exit_code = 6
+
+
+class OutputExistsError(PipelineError, FileExistsError):
+    """The output exists already, or another run's remains do."""
+
+    exit_code = 7

@@ -1,0 +1,241 @@
+"""How a matrix lies on disk: its files, their rows, and what can be read without reading its neighbours."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import google_crc32c
+import numpy as np
+
+from pipeline.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import zarr
+    from numpy.typing import NDArray
+
+CHECKSUM_NBYTES = 4
+_ABSENT = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """Where the inner chunks of a shard lie: 16 bytes each, (offset, size), little-endian uint64.
+
+    As in the Zarr specification of the `sharding_indexed` codec.
+    """
+
+    chunks: int
+    """Inner chunks of one shard."""
+    at_end: bool
+    """The index follows the chunks; otherwise it precedes them."""
+    checksum: bool
+    """Four bytes of crc32c end the index."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the encoded index."""
+        return 16 * self.chunks + CHECKSUM_NBYTES * self.checksum
+
+    def read(self, fd: int, path: str) -> NDArray[np.int64]:
+        """Read and check one shard's index.
+
+        Returns
+        -------
+        ndarray
+            (chunks, 2) int64: offset in the file and size in bytes; (-1, -1) for a chunk that is absent.
+
+        Raises
+        ------
+        IntegrityError
+            If the file is too short, the checksum is wrong, or an entry points outside of the file.
+        """
+        size = os.fstat(fd).st_size
+        where = size - self.nbytes if self.at_end else 0
+        raw = os.pread(fd, self.nbytes, where) if where >= 0 else b""
+        if len(raw) != self.nbytes:
+            raise IntegrityError(f"a shard holds its index; {path} has {size} bytes, its index {self.nbytes}")
+        entries = raw
+        if self.checksum:
+            entries = raw[:-CHECKSUM_NBYTES]
+            if google_crc32c.value(entries) != int.from_bytes(raw[-CHECKSUM_NBYTES:], "little"):
+                raise IntegrityError(f"a shard's index matches its checksum; that of {path} does not: torn or corrupt")
+        index = np.frombuffer(entries, dtype="<u8").reshape(self.chunks, 2)
+        absent = (index == _ABSENT).all(axis=1)
+        # Compared one by one, since a corrupt offset plus its size may pass 2**64.
+        inside = (index[:, 0] <= size) & (index[:, 1] <= size) & (index[:, 0] <= size - np.minimum(index[:, 1], size))
+        if not (inside | absent).all():
+            raise IntegrityError(f"a shard's index points into its file; that of {path} points past its {size} bytes")
+        return np.where(absent[:, None], np.int64(-1), index.astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The chunk or shard files of a Zarr array in a local folder; the first axis of their grid runs along the rows."""
+
+    root: str
+    prefix: str
+    separator: str
+    grid: tuple[int, ...]
+    """Files along each axis."""
+    file_rows: int
+    """Rows of one file; the last one is padded to as many."""
+    nbytes: int | None
+    """Size of a file where the codecs fix it."""
+    index: ShardIndex | None
+    """Where the files are shards."""
+
+    def path(self, number: int, columns: tuple[int, ...] | None = None) -> str:
+        """Path of the file that holds rows [number * file_rows, (number + 1) * file_rows)."""
+        rest = (0,) * (len(self.grid) - 1) if columns is None else columns
+        return f"{self.root}/{self.prefix}{self.separator.join(map(str, (number, *rest)))}"
+
+    def paths(self, number: int) -> Iterator[str]:
+        """All files that hold those rows: more than one where columns are chunked, too."""
+        for columns in itertools.product(*map(range, self.grid[1:])):
+            yield self.path(number, columns)
+
+    def count(self) -> tuple[int, int, int]:
+        """Files that are there, those there should be, and the bytes that the former take: a stat each."""
+        present = nbytes = 0
+        for number in range(self.grid[0]):
+            for path in self.paths(number):
+                with contextlib.suppress(OSError):
+                    nbytes += Path(path).stat().st_size
+                    present += 1
+        return present, math.prod(self.grid), nbytes
+
+    def check(self, number: int) -> None:
+        """Check that the files of these rows are there, with the size that their codecs fix.
+
+        Raises
+        ------
+        IntegrityError
+            Naming the file and its rows.
+        """
+        for path in self.paths(number):
+            problem = self._problem(path)
+            if problem:
+                rows = f"rows {number * self.file_rows} to {(number + 1) * self.file_rows - 1}"
+                raise IntegrityError(f"every chunk is there, whole; {path} ({rows}) {problem}; restore it")
+
+    def _problem(self, path: str) -> str:
+        try:
+            status = Path(path).stat()
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        if not stat.S_ISREG(status.st_mode):
+            return "is no file"
+        if self.nbytes is None:
+            return "" if status.st_size else "is empty"
+        if status.st_size == self.nbytes:
+            return ""
+        if self.index is not None and status.st_size >= self.index.nbytes:
+            # Other writers leave out inner chunks that hold only the fill value; their index is read with the rows.
+            return ""
+        return f"has {status.st_size} bytes instead of {self.nbytes}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What one read must touch, and which reader serves it."""
+
+    reader: Literal["direct", "decoded"]
+    """`direct`: any run of rows lies as plain bytes in local files. `decoded`: chunks are decoded whole, by zarr."""
+    chunk_rows: int
+    """Rows of one chunk, or inner chunk of a shard: what has one checksum or is decoded together."""
+    shard_rows: int | None
+    """Rows of one shard."""
+    chunk_checksum: bool
+    """Four bytes of crc32c follow each chunk (`direct` only)."""
+    byteorder: Literal["little", "big"]
+    """As stored; values are delivered in native order."""
+    codecs: tuple[str, ...]
+    """Names, in the order of encoding, inner ones for shards."""
+    files: Files | None
+    """None where the store is no local folder."""
+
+    @property
+    def file_rows(self) -> int:
+        """Rows of one file or key."""
+        return self.shard_rows or self.chunk_rows
+
+
+def read_layout(array: zarr.Array[Any]) -> Layout:
+    """Tell a Zarr array's layout from its metadata, without reading any of its data."""
+    inner, outer = array.chunks, array.shards or array.chunks
+    names, byteorder, plain, checksum, index = _codecs(array)
+    whole_rows = inner[1:] == array.shape[1:] and outer[1:] == array.shape[1:]
+    chunk_nbytes = int(np.prod(inner, dtype=object)) * array.dtype.itemsize + CHECKSUM_NBYTES * checksum
+    nbytes = None
+    if plain:
+        nbytes = chunk_nbytes * (index.chunks if index else 1) + (index.nbytes if index else 0)
+    files = _files(array, outer, nbytes, index)
+    direct = plain and whole_rows and files is not None and byteorder == "little"
+    return Layout(
+        reader="direct" if direct else "decoded",
+        chunk_rows=inner[0],
+        shard_rows=array.shards[0] if array.shards else None,
+        chunk_checksum=checksum,
+        byteorder=byteorder,
+        codecs=names,
+        files=files,
+    )
+
+
+def _codecs(
+    array: zarr.Array[Any],
+) -> tuple[tuple[str, ...], Literal["little", "big"], bool, bool, ShardIndex | None]:
+    """Names of the codecs, stored byte order, whether chunks are plain bytes and have a crc32c, the shard index."""
+    from zarr.core.metadata.v2 import ArrayV2Metadata
+
+    if isinstance(array.metadata, ArrayV2Metadata):
+        codecs = [*(array.metadata.filters or ()), *([array.metadata.compressor] if array.metadata.compressor else [])]
+        dtype = np.dtype(array.metadata.dtype.to_native_dtype())
+        big = dtype.byteorder == ">"
+        names = tuple(str(getattr(codec, "codec_id", type(codec).__name__)) for codec in codecs)
+        return names, "big" if big else "little", not codecs and array.order == "C", False, None
+    described: list[Any] = [codec.to_dict() for codec in array.metadata.codecs]
+    index = None
+    if len(described) == 1 and described[0]["name"] == "sharding_indexed":
+        index = _index(array, described[0]["configuration"])
+        described = list(described[0]["configuration"]["codecs"])
+    names = tuple(codec["name"] for codec in described)
+    endian = next((c.get("configuration", {}).get("endian") for c in described if c["name"] == "bytes"), None)
+    plain = names in {("bytes",), ("bytes", "crc32c")} and (array.shards is None or index is not None)
+    return names, "big" if endian == "big" else "little", plain, plain and len(names) > 1, index
+
+
+def _index(array: zarr.Array[Any], configuration: dict[str, Any]) -> ShardIndex | None:
+    """Return a shard's index, or None where it is encoded in a way that only zarr should read."""
+    codecs = [codec["name"] for codec in configuration["index_codecs"]]
+    endian = configuration["index_codecs"][0].get("configuration", {}).get("endian")
+    if codecs not in (["bytes"], ["bytes", "crc32c"]) or endian != "little" or array.shards is None:
+        return None
+    chunks = int(np.prod([shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True)]))
+    return ShardIndex(chunks, configuration["index_location"] == "end", len(codecs) > 1)
+
+
+def _files(
+    array: zarr.Array[Any], outer: tuple[int, ...], nbytes: int | None, index: ShardIndex | None
+) -> Files | None:
+    from zarr.storage import LocalStore
+
+    if type(array.store) is not LocalStore:
+        return None
+    root = str(array.store.root / array.path) if array.path else str(array.store.root)
+    grid = tuple(-(-size // chunk) for size, chunk in zip(array.shape, outer, strict=True))
+    last = tuple(count - 1 for count in grid)
+    for prefix, separator in (("c/", "/"), ("c.", "."), ("", "/"), ("", ".")):
+        files = Files(root, prefix, separator, grid, outer[0], nbytes, index)
+        if files.path(last[0], last[1:]) == f"{root}/{array.metadata.encode_chunk_key(last)}":
+            return files
+    return None

@@ -1,0 +1,198 @@
+"""The matrix: a Zarr array `(rows, *row_shape)` and what is known of it without reading its data."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import InputError, NotFoundError, OpenError
+from pipeline.layout import Layout, read_layout
+from pipeline.sizes import format_size
+
+if TYPE_CHECKING:
+    import zarr
+    from numpy.typing import NDArray
+
+ATTRIBUTE = "random-windows"
+"""Key of our own attributes in what we write: says what it is, and its parts."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Matrix:
+    """A matrix on disk: numbers, and the Zarr array that holds them. Picklable; opening it reads no data."""
+
+    path: str
+    """Where it lies, as the user named it."""
+    shape: tuple[int, ...]
+    """(rows, *row_shape)."""
+    dtype: np.dtype[Any]
+    """Of the values as delivered: native byte order."""
+    layout: Layout
+    parts: NDArray[np.int64] | None
+    """(m, 2), [first, stop) rows of each source that `create_matrix` stacked; None where there was one."""
+    array: zarr.Array[Any]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return self.shape[1:]
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row in memory."""
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole matrix in memory."""
+        return self.rows * self.row_nbytes
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of one chunk, or of one inner chunk where there are shards."""
+        return self.layout.chunk_rows
+
+    def check_length(self, length: int) -> int:
+        """Return `length` as an int, or raise InputError where no window of it fits."""
+        if isinstance(length, bool) or not isinstance(length, int | np.integer):
+            raise InputError(f"length is a whole number of rows; got {length!r}; give 1 to {self.rows}")
+        if not 1 <= length <= self.rows:
+            raise InputError(f"a window lies inside the matrix; got length {length}; give 1 to {self.rows} rows")
+        return int(length)
+
+    def count_files(self) -> tuple[int, int, int]:
+        """Chunk or shard files that are there, those there should be, and the bytes that the former take."""
+        if self.layout.files is None:
+            return self.array.nchunks_initialized, self.array.nchunks, self.array.nbytes_stored()
+        return self.layout.files.count()
+
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know, as words."""
+        layout = self.layout
+        unit = f"{layout.chunk_rows:,} rows ({format_size(layout.chunk_rows * self.row_nbytes)})"
+        facts = {
+            "shape": f"({', '.join(f'{size:,}' for size in self.shape)})",
+            "dtype": f"{self.dtype.name}, {layout.byteorder}-endian on disk",
+            "size": format_size(self.nbytes),
+            "row": format_size(self.row_nbytes),
+            "chunks": unit,
+        }
+        if layout.shard_rows:
+            facts["chunks"] = f"{unit} in shards of {layout.shard_rows:,} rows"
+        facts["codecs"] = " + ".join(layout.codecs) or "none"
+        facts["reader"] = layout.reader
+        if self.parts is not None:
+            facts["parts"] = f"{len(self.parts)}"
+        return facts
+
+    def __repr__(self) -> str:
+        facts = self.facts()
+        return f"Matrix({self.path!r}: " + "; ".join(f"{key} {value}" for key, value in facts.items()) + ")"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Matrix {self.path}", self.facts())
+
+
+def html_table(title: str, facts: dict[str, str]) -> str:
+    """Two columns of words for a notebook, every text escaped."""
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
+        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+        for key, value in facts.items()
+    )
+    return f"<table><caption style='text-align:left'>{html.escape(title)}</caption>{cells}</table>"
+
+
+def open_matrix(source: str | Path | zarr.Array[Any]) -> Matrix:
+    """Open a matrix, reading its metadata only.
+
+    Parameters
+    ----------
+    source
+        Path of a Zarr array, v2 or v3, of at least one dimension and numeric dtype; or an open `zarr.Array`.
+
+    Raises
+    ------
+    NotFoundError
+        If nothing lies at the path; nothing is created there.
+    OpenError
+        If it is a Zarr group, no Zarr, or a Zarr that cannot be parsed.
+    InputError
+        If the array has no rows or no numbers.
+
+    Examples
+    --------
+    >>> import numpy, pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> numpy.save(folder / "A.npy", numpy.arange(6.0).reshape(3, 2))
+    >>> matrix = pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
+    >>> pipeline.open_matrix(folder / "A.zarr").shape
+    (3, 2)
+    """
+    array = source if not isinstance(source, str | Path) else open_array(Path(source))
+    path = str(source) if isinstance(source, str | Path) else str(array.store_path)
+    dtype = np.dtype(array.dtype)
+    check_numeric(dtype, path)
+    if not array.shape or 0 in array.shape:
+        raise InputError(f"a matrix has rows, and rows have values; {path} has shape {array.shape}; give another array")
+    layout = read_layout(array)
+    return Matrix(path, array.shape, dtype.newbyteorder("="), layout, _parts(array, path), array)
+
+
+def check_numeric(dtype: np.dtype[Any], path: str) -> None:
+    """Raise InputError where values are no numbers that a matrix can hold."""
+    if dtype.kind not in "biufc" or dtype.itemsize > 16 or dtype in (np.dtype("g"), np.dtype("G")):
+        raise InputError(
+            f"a matrix holds numbers of at most 64 bits a component; {path} holds {dtype}; convert it first"
+        )
+
+
+def open_array(path: Path) -> zarr.Array[Any]:
+    """Open a Zarr array in a folder, for reading, with absent chunks an error instead of the fill value."""
+    import zarr
+    from zarr.errors import BaseZarrError
+
+    if not path.exists():
+        raise NotFoundError(f"a matrix is there before it is opened; nothing is at {path}; check the path")
+    if not path.is_dir():
+        raise OpenError(f"a matrix is a Zarr array in a folder; {path} is a file; make one of it with: pipeline create")
+    try:
+        # The pipeline is bound when the array is opened: this one decodes without an event loop.
+        with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
+            node = zarr.open(store=str(path), mode="r")
+    except (BaseZarrError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OpenError(
+            f"a matrix is a Zarr array; {path} cannot be opened: {reason[:200]}; check the folder"
+        ) from error
+    if isinstance(node, zarr.Group):
+        names = ", ".join(sorted(name for name, _ in node.arrays())) or "none"
+        raise OpenError(f"a matrix is one Zarr array; {path} is a group; name one of its arrays: {names}")
+    return node.with_config({"read_missing_chunks": False})
+
+
+def _parts(array: zarr.Array[Any], path: str) -> NDArray[np.int64] | None:
+    ours = array.attrs.get(ATTRIBUTE)
+    recorded = ours.get("parts") if isinstance(ours, dict) else None
+    if recorded is None:
+        return None
+    try:
+        parts = np.array(recorded, dtype=np.int64).reshape(-1, 2)
+    except (ValueError, TypeError, OverflowError):
+        parts = np.empty((0, 2), dtype=np.int64)
+    borders = [0, *parts[:, 1].tolist()]
+    if borders[:-1] != parts[:, 0].tolist() or borders[-1] != array.shape[0] or (parts[:, 0] >= parts[:, 1]).any():
+        raise OpenError(
+            f"parts follow one another from the first row to the last; those of {path} do not: {recorded!r}"
+        )
+    return parts

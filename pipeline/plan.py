@@ -1,0 +1,280 @@
+"""The plan: every window of a request, and what reading them will cost. Pure NumPy; no data are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from pipeline.matrix import Matrix, html_table
+from pipeline.memory import parse_size
+from pipeline.sizes import MIB, format_size
+from pipeline.starts import check_starts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import ArrayLike, NDArray
+
+Order = Literal["chunk", "request"]
+
+BLOCK_NBYTES = 64 * MIB
+"""A task's windows hold at most as many bytes, unless one window alone holds more."""
+_LEAST_BLOCK_NBYTES = MIB
+_FEWEST_TASKS = 32
+"""As many tasks or more, where blocks do not become too small: what 2 to 16 threads share evenly."""
+_STRETCH = 2**20
+"""Windows whose cost is counted at once: bounds the memory of planning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A run of windows that one worker serves in one go."""
+
+    number: int
+    starts: NDArray[np.int64]
+    """(k,) matrix rows."""
+    places: NDArray[np.int64]
+    """(k,) each window's position in the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What reading every window costs in one order."""
+
+    order: Order
+    tasks: int
+    chunks: int
+    """Chunks read, counted again where several tasks touch one."""
+    nbytes_read: int
+    """Bytes read: of storage where rows are read directly; decoded ones where chunks are decoded."""
+    amplification: float
+    """Bytes read divided by bytes that were asked for."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Plan:
+    """Every window of a request, and what reading them will cost. Frozen; made by `plan_windows`."""
+
+    matrix: Matrix
+    starts: NDArray[np.int64]
+    """(n,) in request order, read-only."""
+    length: int
+    """Rows of a window."""
+    memory: int | None
+    """Limit in bytes that the user set; None where the machine's own limits hold alone."""
+    task_windows: int
+    """Windows of each task; the last one may have fewer."""
+    sorted_starts: NDArray[np.int64]
+    """(n,) ascending, read-only: order `chunk`."""
+    sorted_places: NDArray[np.int64]
+    """(n,) place of each of `sorted_starts`; equal starts keep the order of the request."""
+    chunk: Cost
+    """Cost of order `chunk`."""
+    request: Cost
+    """Cost of order `request`."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        mine = (self.matrix.path, self.matrix.shape, self.matrix.dtype, self.length, self.memory, self.task_windows)
+        others = (
+            other.matrix.path,
+            other.matrix.shape,
+            other.matrix.dtype,
+            other.length,
+            other.memory,
+            other.task_windows,
+        )
+        return mine == others and np.array_equal(self.starts, other.starts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def window_shape(self) -> tuple[int, ...]:
+        """(length, *row_shape)."""
+        return (self.length, *self.matrix.row_shape)
+
+    @property
+    def window_nbytes(self) -> int:
+        """Bytes of one window."""
+        return self.length * self.matrix.row_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were asked for: of all windows."""
+        return len(self) * self.window_nbytes
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of one task's windows."""
+        return min(self.task_windows, len(self)) * self.window_nbytes
+
+    @property
+    def reading_nbytes(self) -> int:
+        """Memory that reading takes beside the windows themselves, a task: the chunks being decoded."""
+        if self.matrix.layout.reader == "direct":
+            return MIB
+        touched = min(self.matrix.rows, self.matrix.chunk_rows + self.length) * self.matrix.row_nbytes
+        return 2 * max(touched, min(READ_NBYTES, self.block_nbytes))
+
+    def cost(self, order: Order) -> Cost:
+        """Cost of one order."""
+        return self.chunk if order == "chunk" else self.request
+
+    def tasks(self, order: Order) -> Iterator[Task]:
+        """Cut the plan: consecutive windows of the order, every window in exactly one task.
+
+        Each task is a view of the plan's arrays, made when it is asked for.
+        """
+        for number, first in enumerate(range(0, len(self), self.task_windows)):
+            stop = min(first + self.task_windows, len(self))
+            if order == "chunk":
+                yield Task(number, self.sorted_starts[first:stop], self.sorted_places[first:stop])
+            else:
+                yield Task(number, self.starts[first:stop], np.arange(first, stop))
+
+    def crossings(self) -> int:
+        """How many windows cross the border of two parts of the matrix."""
+        if self.matrix.parts is None:
+            return 0
+        part = np.searchsorted(self.matrix.parts[:, 1], self.starts, side="right")
+        return int((self.starts + self.length > self.matrix.parts[part, 1]).sum())
+
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know, as words."""
+        facts = {
+            "matrix": self.matrix.path,
+            "windows": f"{len(self):,} of {self.length:,} rows, {format_size(self.window_nbytes)} each",
+            "wanted": format_size(self.nbytes),
+        }
+        for sink, cost in (("gather (order chunk)", self.chunk), ("store (order request)", self.request)):
+            facts[sink] = (
+                f"{cost.tasks:,} tasks, {cost.chunks:,} chunks, reads {format_size(cost.nbytes_read)}, "
+                f"amplification {cost.amplification:.2f}"
+            )
+        if self.request.nbytes_read > 2 * self.chunk.nbytes_read:
+            facts["store (order chunk)"] = "as gather: sorted windows with their places; --order chunk reads far less"
+        facts["memory of gather"] = (
+            f"{format_size(self.nbytes)} for the result + {format_size(self.reading_nbytes)} a thread"
+        )
+        facts["memory of store"] = f"{format_size(3 * self.block_nbytes + self.reading_nbytes)} a thread"
+        crossings = self.crossings()
+        if crossings:
+            facts["crossings"] = f"{crossings:,} windows cross the border of two parts"
+        return facts
+
+    def __repr__(self) -> str:
+        facts = self.facts()
+        width = max(map(len, facts))
+        return "Plan\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in facts.items())
+
+    def _repr_html_(self) -> str:
+        return html_table("Plan", self.facts())
+
+
+READ_NBYTES = 32 * MIB
+"""Decoded bytes of adjacent chunks that are read in one call; one chunk alone may hold more."""
+
+
+def plan_windows(matrix: Matrix, starts: ArrayLike, *, length: int, memory: int | str | None = None) -> Plan:
+    """Plan the reading of windows `A[start:start + length]`; reads no data.
+
+    Parameters
+    ----------
+    matrix
+        As `open_matrix` gives it.
+    starts
+        (n,) whole numbers of any width, each in [0, rows - length]; in any order, repeated or overlapping.
+    length
+        Rows of a window, 1 to rows.
+    memory
+        Limit in bytes, or text such as "8GB", for all that the run holds; the machine's own limits hold beside it.
+
+    Raises
+    ------
+    InputError
+        If a start, the length or the limit is no such number.
+
+    Examples
+    --------
+    >>> import numpy, pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> numpy.save(folder / "A.npy", numpy.arange(600.0).reshape(300, 2))
+    >>> matrix = pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
+    >>> plan = pipeline.plan_windows(matrix, [200, 7, 7], length=16)
+    >>> len(plan), plan.nbytes, plan.chunk.tasks
+    (3, 768, 1)
+    """
+    length = matrix.check_length(length)
+    checked = check_starts(starts, rows=matrix.rows, length=length)
+    task_windows = cut_windows(len(checked), length * matrix.row_nbytes)
+    sorted_starts, places = _sort(checked, matrix.rows)
+    chunk = _cost(matrix, "chunk", sorted_starts, length, task_windows)
+    request = _cost(matrix, "request", checked, length, task_windows)
+    limit = None if memory is None else parse_size(memory)
+    return Plan(matrix, checked, length, limit, task_windows, sorted_starts, places, chunk, request)
+
+
+def cut_windows(count: int, window_nbytes: int) -> int:
+    """Windows of a task, from the request's shape alone, so that every machine cuts alike."""
+    most = max(1, BLOCK_NBYTES // window_nbytes)
+    least = min(most, max(1, _LEAST_BLOCK_NBYTES // window_nbytes))
+    return min(most, max(least, -(-count // _FEWEST_TASKS)))
+
+
+def _sort(starts: NDArray[np.int64], rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sort starts and carry their places: one sort of a joint key, which takes half the time of argsort."""
+    bits = max(1, (len(starts) - 1).bit_length())
+    if (rows - 1).bit_length() + bits <= 63:
+        key = (starts << bits) | np.arange(len(starts))
+        key.sort()
+        ordered, places = key >> bits, key & ((1 << bits) - 1)
+    else:
+        places = np.argsort(starts, kind="stable")
+        ordered = starts[places]
+    ordered.flags.writeable = places.flags.writeable = False
+    return ordered, places
+
+
+def _cost(matrix: Matrix, order: Order, ordered: NDArray[np.int64], length: int, task_windows: int) -> Cost:
+    layout = matrix.layout
+    chunks = count_touched(ordered, length, task_windows, layout.chunk_rows)
+    wanted = len(ordered) * length * matrix.row_nbytes
+    if layout.reader == "decoded":
+        nbytes = chunks * layout.chunk_rows * matrix.row_nbytes
+    else:
+        nbytes = wanted
+        if layout.files is not None and layout.files.index is not None:
+            nbytes += count_touched(ordered, length, task_windows, layout.file_rows) * layout.files.index.nbytes
+    return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted)
+
+
+def count_touched(ordered: NDArray[np.int64], length: int, task_windows: int, unit_rows: int) -> int:
+    """How many units of `unit_rows` rows the tasks touch, each counted once a task.
+
+    Parameters
+    ----------
+    ordered
+        (n,) starts in the order that is cut into tasks of `task_windows` windows.
+    """
+    total = 0
+    stretch = max(1, _STRETCH // task_windows) * task_windows
+    for begin in range(0, len(ordered), stretch):
+        starts = ordered[begin : begin + stretch]
+        whole = len(starts) // task_windows * task_windows
+        for tasks in (starts[:whole].reshape(-1, task_windows), starts[whole:].reshape(1, -1)):
+            if not tasks.size:
+                continue
+            ascending = np.sort(tasks, axis=1)
+            first = ascending // unit_rows
+            last = (ascending + (length - 1)) // unit_rows
+            # Sorted windows of one length end in order, too: what the one before has touched is not new.
+            total += int((last - first).sum()) + first.size
+            shared = np.minimum(last[:, :-1] - first[:, 1:] + 1, last[:, 1:] - first[:, 1:] + 1)
+            total -= int(np.maximum(shared, 0).sum())
+    return total

@@ -1,0 +1,164 @@
+"""What we write: a Zarr array of uncompressed or compressed shards, every inner chunk with its crc32c."""
+
+from __future__ import annotations
+
+import errno
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import DiskSpaceError, InputError, OpenError
+from pipeline.layout import read_layout
+from pipeline.plan import BLOCK_NBYTES
+from pipeline.staging import sync_path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import zarr
+    from numpy.typing import NDArray
+
+Compression = Literal["zstd", "blosc"]
+
+CHUNK_NBYTES = 64 * 1024
+"""An inner chunk holds about as many bytes of whole rows, at least one row."""
+SHARD_NBYTES = BLOCK_NBYTES
+_LEAST_COMPRESSED_NBYTES = 16 * 1024
+_PLAIN_COMPRESSED_NBYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the first axis of an array is cut into files and chunks."""
+
+    chunk: int
+    """Entries of the first axis in one inner chunk."""
+    shard: int
+    """Entries in one file; 0 writes plain chunks."""
+    inner: tuple[int, ...] = ()
+    """Chunk shape along the other axes; empty where chunks hold them whole."""
+
+    @property
+    def file(self) -> int:
+        """Entries of one file."""
+        return self.shard or self.chunk
+
+
+def create_array(
+    path: Path,
+    *,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    cut: Cut,
+    compress: Compression | None,
+    dimension_names: Sequence[str],
+    attributes: dict[str, Any],
+) -> zarr.Array[Any]:
+    """Create a Zarr v3 array in the layout that this package writes, to be filled by `write_entries`."""
+    import zarr
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+
+    compressors: dict[Any, list[Any]] = {
+        "zstd": [ZstdCodec(level=3)],
+        "blosc": [BloscCodec(typesize=dtype.itemsize)],
+        None: [],
+    }
+    chunk = (cut.chunk, *(cut.inner or shape[1:]))
+    serializer: Any = BytesCodec()
+    outer = chunk
+    after: list[Any] = [*compressors[compress], Crc32cCodec()]
+    if cut.shard:
+        # Written out in full: the `shards=` keyword leaves no word on a checksum within the shard's codecs.
+        outer = (cut.shard, *shape[1:])
+        serializer = ShardingCodec(
+            chunk_shape=chunk, codecs=[BytesCodec(), *after], index_codecs=[BytesCodec(), Crc32cCodec()]
+        )
+        after = []
+    with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
+        return zarr.create_array(
+            str(path),
+            shape=shape,
+            dtype=dtype,
+            chunks=outer,
+            filters=None,
+            serializer=serializer,
+            compressors=after or None,
+            dimension_names=list(dimension_names),
+            attributes=attributes,
+            # An empty chunk that is left out reads as the fill value, and so does a lost one: write them all.
+            config={"write_empty_chunks": True},
+        )
+
+
+def write_entries(array: zarr.Array[Any], first: int, block: NDArray[Any]) -> None:
+    """Write entries [first, first + len(block)), whole files of the array, and flush them to the disk.
+
+    Raises
+    ------
+    DiskSpaceError
+        If the disk is full.
+    """
+    layout = read_layout(array)
+    assert layout.files is not None
+    try:
+        array[first : first + len(block)] = block
+        for number in range(first // layout.file_rows, -(-(first + len(block)) // layout.file_rows)):
+            for path in layout.files.paths(number):
+                sync_path(Path(path))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(f"an output fits its disk; {array.store_path}: {error.strerror}; free some") from error
+        raise OpenError(f"an output can be written; {array.store_path}: {error.strerror}; check the disk") from error
+
+
+def cut_rows(
+    rows: int,
+    row_nbytes: int,
+    *,
+    length: int,
+    compress: Compression | None,
+    chunk_rows: int | None,
+    shard_rows: int | None,
+) -> Cut:
+    """Cut the rows of a matrix into shards of about 64 MiB and inner chunks of about 64 KiB, unless told otherwise.
+
+    Chunks that are compressed hold a window of `length` rows, since they are decoded whole. Plain chunks
+    (`shard_rows=0`) are larger, so that files stay few: 64 MiB, or 1 MiB where they are compressed.
+    """
+    if chunk_rows is None:
+        nbytes = CHUNK_NBYTES
+        if shard_rows == 0:
+            nbytes = _PLAIN_COMPRESSED_NBYTES if compress else SHARD_NBYTES
+        elif compress:
+            nbytes = _LEAST_COMPRESSED_NBYTES
+        chunk_rows = max(nbytes // row_nbytes, length if compress else 1, 1)
+        if shard_rows:
+            chunk_rows = math.gcd(chunk_rows, shard_rows) if shard_rows % chunk_rows else chunk_rows
+    chunk = min(chunk_rows, rows)
+    if shard_rows is None:
+        # Shards of one size, so that the last one is not padded with almost as much again.
+        chunks = -(-rows // chunk)
+        shards = -(-chunks // max(1, SHARD_NBYTES // (chunk * row_nbytes)))
+        return Cut(chunk, -(-chunks // shards) * chunk)
+    if shard_rows % chunk:
+        raise InputError(
+            f"a shard holds whole chunks; got {shard_rows} shard rows of {chunk} chunk rows; give a multiple of {chunk}"
+        )
+    return Cut(chunk, shard_rows)
+
+
+def cut_results(count: int, window_nbytes: int, task_windows: int, window_shape: tuple[int, ...]) -> Cut:
+    """Cut the windows of a result: a task's windows are one shard, of chunks of whole windows of about 64 KiB.
+
+    A window of more than 64 MiB is chunked along its rows.
+    """
+    shard = min(task_windows, count)
+    chunk = max(1, min(shard, CHUNK_NBYTES // window_nbytes))
+    while shard % chunk:
+        chunk -= 1
+    if window_nbytes > SHARD_NBYTES and window_shape and window_shape[0] > 1:
+        rows = max(1, SHARD_NBYTES // (window_nbytes // window_shape[0]))
+        return Cut(1, 0, (min(rows, window_shape[0]), *window_shape[1:]))
+    return Cut(chunk, shard)

@@ -1,0 +1,28 @@
+"""Bytes as a person reads them."""
+
+from __future__ import annotations
+
+MIB = 2**20
+
+
+def format_size(nbytes: float) -> str:
+    """Write a number of bytes with a binary prefix and three digits.
+
+    Examples
+    --------
+    >>> format_size(2_560_000_000)
+    '2.38 GiB'
+    >>> format_size(999)
+    '999 B'
+    """
+    if abs(nbytes) < 1024:
+        return f"{nbytes:.0f} B"
+    value = float(nbytes)
+    units = ["KiB", "MiB", "GiB", "TiB", "PiB"]
+    while units:
+        unit, *units = units
+        value /= 1024
+        if abs(value) < 1000:
+            break
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.{digits}f} {unit}"

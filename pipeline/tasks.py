@@ -1,0 +1,337 @@
+"""The plan as Dask tasks, what a worker runs, and the loop that feeds them to whichever scheduler is there."""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from dask import config as dask_config
+from dask import delayed
+from dask.base import compute, get_scheduler
+
+from pipeline.errors import BudgetError, IncompleteError, InputError, IntegrityError, PipelineError
+from pipeline.memory import budget, held_nbytes
+from pipeline.readers import choose_reader
+from pipeline.sizes import MIB, format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from dask.delayed import Delayed
+    from numpy.typing import NDArray
+
+    from pipeline.plan import Order, Plan, Task
+    from pipeline.readers import Reader
+
+type Apply = Callable[[NDArray[Any]], NDArray[Any]]
+"""A function of one block (k, length, *row_shape), read-only, that returns (k, ...), each window for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """What `apply` makes of one window, or the window itself."""
+
+    shape: tuple[int, ...]
+    """Without the leading axis of windows."""
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one window's result; at least 1, so that it can divide."""
+        return max(1, int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a task did, sent back in place of its block where the block itself need not travel."""
+
+    number: int
+    units: int
+    """Windows, or rows of a matrix that is being created."""
+    nbytes_read: int
+    read_seconds: float
+    apply_seconds: float
+    write_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What every task of a run shares: plain data, so that it travels to any worker."""
+
+    reader: Reader
+    length: int
+    window_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    apply: Apply | None
+    result: BlockShape
+
+
+def prepare_work(plan: Plan, apply: Apply | None) -> Work:
+    """Gather what tasks share; `apply` is probed on the first window, so that its result's shape is known."""
+    reader = choose_reader(plan.matrix)
+    result = BlockShape(plan.window_shape, plan.matrix.dtype)
+    work = Work(reader, plan.length, plan.window_shape, plan.matrix.dtype, None, result)
+    if apply is None:
+        return work
+    if not callable(apply):
+        raise InputError(f"apply is a function of one block; got {apply!r}; give a callable")
+    block = np.empty((1, *plan.window_shape), plan.matrix.dtype)
+    reader.read_windows(plan.starts[:1], plan.length, block, np.zeros(1, np.int64))
+    probed = call_apply(apply, block, int(plan.starts[0]))
+    if probed.dtype.kind not in "biufc":
+        raise IntegrityError(f"apply returns numbers; for the first window it gave dtype {probed.dtype}; convert them")
+    result = BlockShape(probed.shape[1:], probed.dtype)
+    return Work(reader, plan.length, plan.window_shape, plan.matrix.dtype, apply, result)
+
+
+def call_apply(apply: Apply, block: NDArray[Any], start: int) -> NDArray[Any]:
+    """Call `apply` on a read-only view of a block (k, ...); IntegrityError unless it returns (k, ...)."""
+    view = block.view()
+    view.flags.writeable = False
+    try:
+        made = np.asarray(apply(view))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise IntegrityError(
+            f"apply takes any block; on {len(block)} windows, the first at row {start}, it raised "
+            f"{type(error).__name__}: {reason}; mend it"
+        ) from error
+    if made.ndim < 1 or len(made) != len(block):
+        raise IntegrityError(
+            f"apply returns one entry a window; for a block of {len(block)} windows, the first at row {start}, it gave "
+            f"shape {made.shape}; keep the first axis"
+        )
+    return made
+
+
+def read_block(work: Work, task: Task, out: NDArray[Any], places: NDArray[np.int64]) -> Receipt:
+    """Read a task's windows, apply, and put each result into `out[places[i]]`.
+
+    Parameters
+    ----------
+    out
+        (n, *work.result.shape) of dtype `work.result.dtype`, C-contiguous.
+    places
+        (k,) positions in `out`.
+    """
+    begin = time.perf_counter()
+    try:
+        if work.apply is None:
+            nbytes_read = work.reader.read_windows(task.starts, work.length, out, places)
+            return Receipt(task.number, len(places), nbytes_read, time.perf_counter() - begin, 0.0)
+        block = np.empty((len(places), *work.window_shape), work.dtype)
+        nbytes_read = work.reader.read_windows(task.starts, work.length, block, np.arange(len(places)))
+        read = time.perf_counter()
+        made = call_apply(work.apply, block, int(task.starts[0]))
+        if made.shape[1:] != work.result.shape or not np.can_cast(made.dtype, work.result.dtype, "same_kind"):
+            raise IntegrityError(
+                f"apply returns the same shape and dtype for every block; the first window gave {work.result.shape} "
+                f"{work.result.dtype}, windows from row {task.starts[0]} {made.shape[1:]} {made.dtype}; mend it"
+            )
+        out[places] = made
+    except PipelineError as error:
+        error.add_note(f"task {task.number}: {len(places)} windows, rows {task.starts.min()} to {task.starts.max()}")
+        raise
+    done = time.perf_counter()
+    return Receipt(task.number, len(places), nbytes_read, read - begin, done - read)
+
+
+def make_block(work: Work, task: Task) -> tuple[NDArray[np.int64], NDArray[Any], Receipt]:
+    """Read a task's windows into a block of their own: (places (k,), block (k, ...), receipt)."""
+    block = np.empty((len(task.places), *work.result.shape), work.result.dtype)
+    receipt = read_block(work, task, block, np.arange(len(task.places)))
+    return task.places, block, receipt
+
+
+def return_block(work: Work, task: Task) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Do the task of `build_tasks`."""
+    places, block, _ = make_block(work, task)
+    return places, block
+
+
+def build_tasks(plan: Plan, *, apply: Apply | None = None, order: Order = "chunk") -> list[Delayed]:
+    """Build the plan's Dask tasks, to be computed by the caller.
+
+    Parameters
+    ----------
+    plan
+        As `plan_windows` gives it.
+    apply
+        Function of one block (k, length, *row_shape) -> (k, ...), each window for itself.
+    order
+        `chunk`: sorted by start, each chunk read by one task or two. `request`: in the order of the request.
+
+    Returns
+    -------
+    list of Delayed
+        Each computes `(places, block)`: (k,) int64 positions in the request, and (k, ...) windows.
+
+    Examples
+    --------
+    >>> import dask, numpy, pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> numpy.save(folder / "A.npy", numpy.arange(600.0).reshape(300, 2))
+    >>> matrix = pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
+    >>> tasks = pipeline.build_tasks(pipeline.plan_windows(matrix, [200, 7], length=16))
+    >>> [(places, block)] = dask.compute(*tasks)
+    >>> places, block.shape
+    (array([1, 0]), (2, 16, 2))
+    """
+    work = prepare_work(plan, apply)
+    return name_tasks("windows", return_block, ((work, task) for task in plan.tasks(check_order(order))))
+
+
+def check_order(order: str) -> Order:
+    """Return `order`, or raise InputError."""
+    if order == "chunk":
+        return "chunk"
+    if order == "request":
+        return "request"
+    raise InputError(f"order is chunk or request; got {order!r}; choose one")
+
+
+def name_tasks(stage: str, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Delayed]:
+    """Make a Delayed for each tuple of arguments; their keys put them in one row of the dashboard, named by stage."""
+    run = uuid.uuid4().hex[:8]
+    call = delayed(function, pure=False, traverse=False)
+    return [call(*each, dask_key_name=(f"{stage}-{run}", number)) for number, each in enumerate(arguments)]
+
+
+def active_client() -> Any:
+    """Return the active `distributed.Client`, or None where tasks run on a scheduler of Dask's own."""
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import Client
+
+    client = Client.current(allow_global=True) if _has_client() else None
+    chosen = dask_config.get("scheduler", None)
+    return client if chosen in (None, "dask.distributed", "distributed") else None
+
+
+def _has_client() -> bool:
+    from distributed import Client
+
+    try:
+        Client.current(allow_global=True)
+    except ValueError:
+        return False
+    return True
+
+
+def shares_memory(client: Any) -> bool:
+    """Whether tasks run in this process, so that they can write straight into an array of it."""
+    if client is None:
+        chosen = get_scheduler()
+        return chosen is None or "multiprocessing" not in getattr(chosen, "__module__", "")
+    return all(address.startswith("inproc://") for address in client.scheduler_info(n_workers=-1)["workers"])
+
+
+def count_threads(client: Any) -> int:
+    """Tasks that run at once."""
+    if client is not None:
+        threads: dict[str, int] = client.nthreads()
+        return sum(threads.values()) or 1
+    from dask.system import CPU_COUNT
+
+    return int(dask_config.get("num_workers", None) or CPU_COUNT)
+
+
+_OWN_NBYTES = 64 * MIB
+"""What the interpreter grows by while it runs: a cluster's threads, buffers, the code of what is imported late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """How much of a run is under way at once, and the memory that this takes."""
+
+    at_once: int
+    """Tasks that are under way, or whose results are not yet taken."""
+    peak_nbytes: int
+    """Memory of all processes of this run on this machine, at its peak."""
+
+
+def fit_memory(
+    task_nbytes: int, limit: int | None, *, threads: int, what: str, held: int = 0, way_out: str = "raise the limit"
+) -> Footprint:
+    """Choose how many tasks are under way at once: two a thread, so that none waits, or as many as memory allows.
+
+    Parameters
+    ----------
+    task_nbytes
+        Memory of one task.
+    limit
+        Bytes that the user allows, None for the machine's own limits alone.
+    threads
+        Tasks that run at once.
+    what
+        Names the request in the error.
+    held
+        Bytes that are held all the while: the result.
+    way_out
+        Ends the error.
+
+    Raises
+    ------
+    BudgetError
+        If not even one task fits beside what is held.
+    """
+    allowed = budget(limit)
+    needed = held_nbytes() + _OWN_NBYTES + held + task_nbytes
+    if needed > allowed.nbytes:
+        raise BudgetError(
+            f"a run fits its memory; {what} needs {format_size(needed)}, {allowed.source} allows "
+            f"{format_size(allowed.nbytes)}; {way_out}"
+        )
+    at_once = min(2 * threads, 1 + (allowed.nbytes - needed) // max(1, task_nbytes))
+    return Footprint(at_once, needed + (min(at_once, threads) - 1) * task_nbytes)
+
+
+def run_tasks(tasks: list[Delayed], *, at_once: int) -> Iterator[Any]:
+    """Compute tasks on the active client, or on Dask's own scheduler, and yield each result as it is there.
+
+    Parameters
+    ----------
+    at_once
+        Tasks that are under way, or whose results are not yet taken: what bounds the memory that results hold.
+
+    Raises
+    ------
+    Exception
+        What the first task that failed raised; tasks not yet begun are cancelled.
+    """
+    client = active_client()
+    if client is None:
+        waiting = iter(tasks)
+        while batch := list(islice(waiting, at_once)):
+            yield from compute(*batch, optimize_graph=False)
+        return
+    from distributed import as_completed
+    from distributed.client import FutureCancelledError
+    from distributed.scheduler import KilledWorker, NoValidWorkerError
+
+    waiting = iter(tasks)
+    queue = as_completed(loop=client.loop)
+    submitted = [client.compute(task, optimize_graph=False) for task in islice(waiting, at_once)]
+    queue.update(submitted)
+    futures = set(submitted)
+    try:
+        for future in queue:
+            result = future.result()
+            futures.discard(future)
+            future.release()
+            for task in islice(waiting, 1):
+                following = client.compute(task, optimize_graph=False)
+                futures.add(following)
+                queue.add(following)
+            yield result
+    except (KilledWorker, NoValidWorkerError, FutureCancelledError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise IncompleteError(f"every task is done; one is not: {reason}; look at the workers' logs") from error
+    finally:
+        if futures:
+            client.cancel(list(futures), force=True)
