@@ -353,7 +353,8 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
 def demo(directory: str | None, *, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **_: bool) -> None:
     """Do the main job end to end, and check it.
 
-    Makes an .npy of 1 GiB, a matrix of it, reads windows into memory and into Zarr, and compares with plain NumPy. Takes about 3 GiB of disk in DIR, where the files stay; without DIR, in a temporary folder that is removed.
+    Makes an .npy of 1 GiB and a matrix of it, reads windows into memory and into Zarr, and compares both with plain
+    NumPy. Takes about 3 GiB of disk in DIR, where the files stay; without DIR, in a temporary folder that is removed.
     """
     from pipeline.demo import run_demo
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import importlib
 import inspect
@@ -197,8 +198,9 @@ def _read_spec(cluster: str | Path | None) -> tuple[_Spec, dict[str, Any], str]:
     wrong = spec.scale is not None and (len(scales) != 1 or spec.adapt is not None)
     if wrong or (spec.adapt is not None and spec.adapt.minimum > spec.adapt.maximum):
         raise InputError(
-            f"a cluster scales by one number or between two; got {content.get('scale')!r} and {content.get('adapt')!r} in {path}; "
-            "write scale: {workers: 4}, or adapt: {minimum: 1, maximum: 4}"
+            f"a cluster scales by one number or between two; got {content.get('scale')!r} and "
+            f"{content.get('adapt')!r} in {path}; write "
+            "scale: {workers: 4}, or adapt: {minimum: 1, maximum: 4}"
         )
     return spec, settings, str(path)
 
@@ -387,14 +389,25 @@ def _sigint_blocked(wanted: bool) -> Iterator[None]:
 
 
 def _reach(address: str) -> distributed.Client:
+    before = _active()
     try:
         return distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=True)
     except Exception as error:
+        # Some errors leave a client behind that is active and can do nothing.
+        if (after := _active()) is not before:
+            _close(after)
         kind = InputError if isinstance(error, TypeError | ValueError) else OpenError
         raise kind(
             f"a scheduler must answer within {_CONNECT_SECONDS} s; got {_one_line(error)} at {address}; start it, or "
             "correct scheduler-address"
         ) from error
+
+
+def _active() -> Any:
+    try:
+        return distributed.default_client()
+    except ValueError:
+        return None
 
 
 def _close(client: distributed.Client) -> None:
@@ -406,13 +419,20 @@ def _close(client: distributed.Client) -> None:
 def _close_cluster(cluster: Any, *, hurry: bool) -> None:
     with suppress(Exception):
         if hurry:
-            # A worker in this process would wait for the task that it runs.
-            for worker in [each for each in cluster.workers.values() if isinstance(each, distributed.Worker)]:
-                cluster.sync(worker.close, timeout=0, executor_wait=False)
+            cluster.sync(_drop_workers, list(cluster.workers.values()))
         cluster.close(timeout=_CLOSE_SECONDS)
 
 
+async def _drop_workers(workers: list[Any]) -> None:
+    """Close workers without waiting for the tasks that they run."""
+    in_process = {"timeout": 0, "executor_wait": False}
+    nanny = {"timeout": 1}
+    each = (worker.close(**in_process if isinstance(worker, distributed.Worker) else nanny) for worker in workers)
+    await asyncio.gather(*each, return_exceptions=True)
+
+
 def dashboard_link(client: distributed.Client) -> str | None:
+    """Address of the client's dashboard as it can be opened from this machine, or None where it has none."""
     scheduler = getattr(client.cluster, "scheduler", None)
     if not isinstance(scheduler, distributed.Scheduler):
         return client.dashboard_link  # type: ignore[no-any-return]
@@ -422,7 +442,7 @@ def dashboard_link(client: distributed.Client) -> str | None:
     server = scheduler.http_server
     # Dask's own link names this host's outer address even where the dashboard listens on loopback alone.
     host = "127.0.0.1" if server.address in ("0.0.0.0", "::") else server.address  # noqa: S104
-    return str(distributed.utils.formatdashboard_link(host, server.port))
+    return str(distributed.utils.format_dashboard_link(host, server.port))
 
 
 def _one_line(error: BaseException) -> str:

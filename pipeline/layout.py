@@ -100,8 +100,12 @@ class Files:
 
     def paths(self, number: int) -> Iterator[str]:
         """All files that hold those rows: more than one where columns are chunked, too."""
-        for columns in itertools.product(*map(range, self.grid[1:])):
+        for columns in self.columns():
             yield self.path(number, columns)
+
+    def columns(self) -> Iterator[tuple[int, ...]]:
+        """Positions in the grid of the files that hold the same rows."""
+        return itertools.product(*map(range, self.grid[1:]))
 
     def count(self) -> tuple[int, int, int]:
         """Files that are there, those there should be, and the bytes that the former take: a stat each."""

@@ -139,7 +139,9 @@ def open_matrix(source: str | Path | zarr.Array[Any]) -> Matrix:
     >>> pipeline.open_matrix(folder / "A.zarr").shape
     (3, 2)
     """
-    array = source if not isinstance(source, str | Path) else open_array(Path(source))
+    array = open_array(Path(source)) if isinstance(source, str | Path) else source
+    # Absent chunks are an error instead of the fill value.
+    array = array.with_config({"read_missing_chunks": False})
     path = str(source) if isinstance(source, str | Path) else str(array.store_path)
     dtype = np.dtype(array.dtype)
     check_numeric(dtype, path)
@@ -158,7 +160,7 @@ def check_numeric(dtype: np.dtype[Any], path: str) -> None:
 
 
 def open_array(path: Path) -> zarr.Array[Any]:
-    """Open a Zarr array in a folder, for reading, with absent chunks an error instead of the fill value."""
+    """Open a Zarr array in a folder for reading."""
     import zarr
     from zarr.errors import BaseZarrError
 
@@ -178,7 +180,7 @@ def open_array(path: Path) -> zarr.Array[Any]:
     if isinstance(node, zarr.Group):
         names = ", ".join(sorted(name for name, _ in node.arrays())) or "none"
         raise OpenError(f"a matrix is one Zarr array; {path} is a group; name one of its arrays: {names}")
-    return node.with_config({"read_missing_chunks": False})
+    return node
 
 
 def _parts(array: zarr.Array[Any], path: str) -> NDArray[np.int64] | None:

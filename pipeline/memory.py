@@ -138,9 +138,9 @@ def _cgroup_room(proc: Path) -> Iterator[tuple[str, int]]:
     for line in _lines(proc / "self/cgroup"):
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
-            kind, limits, usage = "cgroup2", ("memory.max", "memory.high"), "memory.current"
+            kind, limits, usage = "cgroup2", ["memory.max", "memory.high"], "memory.current"
         elif "memory" in controllers.split(","):
-            kind, limits, usage = "cgroup", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+            kind, limits, usage = "cgroup", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
         else:
             continue
         if (found := _cgroup_folder(proc, kind, path)) is None:

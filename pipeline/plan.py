@@ -48,7 +48,8 @@ class Cost:
     chunks: int
     """Chunks read, counted again where several tasks touch one."""
     nbytes_read: int
-    """Bytes read: of storage where rows are read directly; decoded ones where chunks are decoded."""
+    """Bytes read: of storage where rows are read directly, checksums that are skipped within a window left aside;
+    decoded ones where chunks are decoded."""
     amplification: float
     """Bytes read divided by bytes that were asked for."""
 

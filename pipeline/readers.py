@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError
-from pipeline.layout import CHECKSUM_NBYTES, Files
+from pipeline.layout import CHECKSUM_NBYTES, Files, ShardIndex
 from pipeline.plan import READ_NBYTES
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _after(buffers: list[memoryview], nbytes: int) -> list[memoryview]:
 
 @dataclass(frozen=True, slots=True)
 class DecodedReader:
-    """Chunks that must be decoded whole, through zarr: each once a call, and copied to every window that has its rows."""
+    """Chunks that must be decoded whole, through zarr: each once a call, copied to every window that has its rows."""
 
     array: zarr.Array[Any]
     chunk_rows: int
@@ -276,8 +276,9 @@ class DecodedReader:
         try:
             return np.asarray(self.array[first:stop])
         except ChunkNotFoundError as error:
+            missing = " ".join(str(error).partition("Missing chunks:")[2].split())
             raise IntegrityError(
-                f"every chunk is there; one of {self.array.store_path} (rows {first} to {stop - 1}) is not; restore it"
+                f"every chunk is there; {self.array.store_path} (rows {first} to {stop - 1}) lacks {missing}; restore it"
             ) from error
         except Exception as error:
             problem = f"rows {first} to {stop - 1}: {' '.join(str(error).split())[:200]}"
@@ -289,23 +290,33 @@ class DecodedReader:
         """Refuse inner chunks that a shard lacks: zarr would give the fill value for them."""
         if self.files is None or self.files.index is None:
             return
+        assert self.array.shards is not None
         chunks_per_file = self.files.file_rows // self.chunk_rows
-        columns = self.files.index.chunks // chunks_per_file
+        grid = [shard // chunk for shard, chunk in zip(self.array.shards, self.array.chunks, strict=True)]
         for number in np.unique(touched // chunks_per_file).tolist():
             here = touched[touched // chunks_per_file == number] % chunks_per_file
-            for path in self.files.paths(number):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    index = self.files.index.read(fd, path)
-                finally:
-                    os.close(fd)
-                absent = (index.reshape(chunks_per_file, columns, 2)[here, :, 1] < 0).any(axis=1)
-                if absent.any():
-                    first = number * self.files.file_rows + int(here[absent][0]) * self.chunk_rows
+            for columns in self.files.columns():
+                path = self.files.path(number, columns)
+                absent = (_read_index(self.files.index, path)[:, 1] < 0).reshape(grid)[here]
+                for axis, column in enumerate(columns, start=1):
+                    # Inner chunks beyond the array's edge need not be there.
+                    inside = -(-(self.array.shape[axis] - column * self.array.shards[axis]) // self.array.chunks[axis])
+                    absent = absent.take(range(min(inside, grid[axis])), axis=axis)
+                missing = np.flatnonzero(absent.reshape(len(here), -1).any(axis=1))
+                if len(missing):
+                    first = number * self.files.file_rows + int(here[missing[0]]) * self.chunk_rows
                     raise IntegrityError(
                         f"every chunk is there; an inner chunk of {path} (rows {first} to "
                         f"{first + self.chunk_rows - 1}) is absent; restore the shard"
                     )
+
+
+def _read_index(index: ShardIndex, path: str) -> NDArray[np.int64]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return index.read(fd, path)
+    finally:
+        os.close(fd)
 
 
 def _touched(first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.int64]:

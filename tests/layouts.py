@@ -1,0 +1,88 @@
+"""Matrices of every layout, by other writers, too; all values differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
+
+import pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+ROWS = 211
+
+
+def distinct(rows: int = ROWS, row_shape: tuple[int, ...] = (5, 3), dtype: str = "f8") -> NDArray[Any]:
+    """(rows, *row_shape), no value twice, none of them 0, the fill value."""
+    count = rows * int(np.prod(row_shape, dtype=int))
+    return np.arange(1, count + 1).reshape(rows, *row_shape).astype(dtype)
+
+
+def stack(a: NDArray[Any], starts: Any, length: int) -> NDArray[Any]:
+    """The oracle."""
+    return np.stack([a[int(start) : int(start) + length] for start in starts])
+
+
+def _ours(**settings: Any) -> Callable[[Path, NDArray[Any]], None]:
+    def write(path: Path, a: NDArray[Any]) -> None:
+        np.save(path.with_suffix(".npy"), a)
+        pipeline.create_matrix(path.with_suffix(".npy"), path, **settings)
+
+    return write
+
+
+def _zarr(**settings: Any) -> Callable[[Path, NDArray[Any]], None]:
+    def write(path: Path, a: NDArray[Any]) -> None:
+        shaped = {key: tuple(n or m for n, m in zip(value, a.shape, strict=True)) for key, value in settings.items() if key in {"chunks", "shards"}}
+        array = zarr.create_array(str(path), shape=a.shape, dtype=a.dtype, config={"write_empty_chunks": True}, **settings | shaped)
+        array[:] = a
+
+    return write
+
+
+def _sharded(shard: int, chunk: int, codecs: list[Any], **settings: Any) -> Callable[[Path, NDArray[Any]], None]:
+    def write(path: Path, a: NDArray[Any]) -> None:
+        serializer = ShardingCodec(chunk_shape=(chunk, *a.shape[1:]), codecs=codecs, **settings)
+        array = zarr.create_array(
+            str(path), shape=a.shape, dtype=a.dtype, chunks=(shard, *a.shape[1:]), serializer=serializer, compressors=None, filters=None,
+            config={"write_empty_chunks": True},
+        )  # fmt: skip
+        array[:] = a
+
+    return write
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[Path, NDArray[Any]], None]]] = {
+    # name: (the reader that must serve it, how it is written); 211 rows fill no file to its end.
+    "default": ("direct", _ours()),
+    "shards": ("direct", _ours(shard_rows=24, chunk_rows=4)),
+    "plain": ("direct", _ours(shard_rows=0, chunk_rows=16)),
+    "one-row-chunks": ("direct", _ours(shard_rows=7, chunk_rows=1)),
+    "zstd": ("decoded", _ours(compress="zstd", length=4, shard_rows=48, chunk_rows=4)),
+    "blosc-plain": ("decoded", _ours(compress="blosc", shard_rows=0, chunk_rows=9)),
+    "zarr-plain": ("direct", _zarr(chunks=(10, 0, 0), compressors=None)),
+    "zarr-v2-key": ("direct", _zarr(chunks=(10, 0, 0), compressors=None, chunk_key_encoding={"name": "v2", "configuration": {"separator": "."}})),
+    "zarr-morton": ("direct", _sharded(32, 4, [BytesCodec()])),
+    "zarr-index-first": ("direct", _sharded(32, 4, [BytesCodec(), Crc32cCodec()], index_location="start")),
+    "zarr-index-plain": ("direct", _sharded(32, 4, [BytesCodec()], index_codecs=[BytesCodec()])),
+    "zarr-shard-gzip": ("decoded", _sharded(32, 4, [BytesCodec(), GzipCodec()])),
+    "zarr-shard-zstd-index": ("decoded", _sharded(32, 4, [BytesCodec()], index_codecs=[BytesCodec(), Crc32cCodec(), Crc32cCodec()])),
+    "zarr-crc": ("direct", _zarr(chunks=(10, 0, 0), compressors=[Crc32cCodec()])),
+    "zarr-zstd": ("decoded", _zarr(chunks=(10, 0, 0), compressors=[ZstdCodec()])),
+    "columns": ("decoded", _zarr(chunks=(10, 2, 2), compressors=None)),
+    "columns-shards": ("decoded", _zarr(chunks=(5, 2, 3), shards=(20, 4, 3), compressors=None)),
+    "wide-chunks": ("decoded", _zarr(chunks=(300, 8, 8), compressors=None)),
+    "transposed": ("decoded", _zarr(chunks=(10, 0, 0), compressors=None, filters=[TransposeCodec(order=(2, 1, 0))])),
+    "big-endian": ("decoded", _zarr(chunks=(10, 0, 0), compressors=None, serializer=BytesCodec(endian="big"))),
+    "v2": ("direct", _zarr(chunks=(10, 0, 0), compressors=None, zarr_format=2)),
+    "v2-slash": ("direct", _zarr(chunks=(10, 0, 0), compressors=None, zarr_format=2, chunk_key_encoding={"name": "v2", "separator": "/"})),
+    "v2-fortran": ("decoded", _zarr(chunks=(10, 0, 0), compressors=None, zarr_format=2, order="F")),
+    "v2-zstd": ("decoded", _zarr(chunks=(10, 0, 0), zarr_format=2)),
+}  # fmt: skip
