@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import DiskSpaceError, InputError, OpenError
 from pipeline.layout import read_layout
+from pipeline.matrix import FUSED_PIPELINE
 from pipeline.plan import BLOCK_NBYTES
 from pipeline.staging import sync_path
 
@@ -76,7 +77,7 @@ def create_array(
             chunk_shape=chunk, codecs=[BytesCodec(), *after], index_codecs=[BytesCodec(), Crc32cCodec()]
         )
         after = []
-    with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
+    with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
         return zarr.create_array(
             str(path),
             shape=shape,

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline import hdf5
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.files import FileStamp, check_rows, read_runs
+from pipeline.matrix import open_array, reading_config
 
 if TYPE_CHECKING:
     import zarr
@@ -27,10 +28,6 @@ _HDF5_SUFFIXES = {".h5", ".hdf5", ".he5", ".nc"}
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _NPY_MAGIC = b"\x93NUMPY"
 _RANDOM = "random:"
-_FUSED = "zarr.core.codec_pipeline.FusedCodecPipeline"
-
-_LISTED = 10
-"""Names that an error message lists at most."""
 
 
 class Source(Protocol):
@@ -370,7 +367,7 @@ def _open_path(path: Path, name: str | None, options: _Options) -> Source:
     if path.is_dir():
         if name is not None:
             raise InputError(f"FILE::NAME is for HDF5; {path} is a folder; write {path / name.lstrip('/')}")
-        return _open_zarr_folder(path, options)
+        return _open_zarr(open_array(path), options)
     # Opening a pipe would wait for a writer.
     if path.exists() and not path.is_file():
         raise OpenError(f"a source must be a file or a folder; {path} is neither; copy it to a file")
@@ -446,24 +443,6 @@ def _open_hdf5(path: Path, name: str | None, options: _Options) -> FileSource | 
     return source
 
 
-def _open_zarr_folder(path: Path, options: _Options) -> ZarrSource:
-    import zarr
-
-    if any((path / name).is_file() for name in (".zgroup", "zarr.json", ".zarray")):
-        try:
-            opened = zarr.open(path.absolute(), mode="r")
-        except Exception as error:  # zarr raises what its parsers raise
-            raise OpenError(f"Zarr metadata must be readable; {path}: {_first_line(error)}; restore them") from error
-        if isinstance(opened, zarr.Array):
-            return _open_zarr(opened, options)
-        names = sorted(name for name, member in opened.members(max_depth=None) if isinstance(member, zarr.Array))
-        held = f"with the arrays {', '.join(names[:_LISTED])}" if names else "without arrays"
-        held += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        way_out = f"write {path / names[0]}" if names else "name another folder"
-        raise OpenError(f"a source must be a Zarr array; {path} is a group {held}; {way_out}")
-    raise OpenError(f"a folder must be a Zarr array; {path} has no zarr.json or .zarray; name a file or a Zarr array")
-
-
 def _open_zarr(array: zarr.Array[Any], options: _Options) -> ZarrSource:
     import zarr
 
@@ -474,9 +453,7 @@ def _open_zarr(array: zarr.Array[Any], options: _Options) -> ZarrSource:
     name = str(array.store_path)
     options.refuse(name, "a Zarr array", "dtype", "row_shape", "dataset")
     axis = _check_array(name, array.shape, np.dtype(array.dtype), options.axis)
-    # An array takes its codec pipeline from the configuration in force when it is made, and keeps it when pickled.
-    with zarr.config.set({"codec_pipeline.path": _FUSED}):
-        array = array.with_config({"read_missing_chunks": False})
+    array = reading_config(array)
     # Codecs around a shard's own make zarr read the shard whole.
     whole = not array.async_array.codec_pipeline.supports_partial_decode
     sizes = array.write_chunk_sizes if whole else array.read_chunk_sizes

@@ -208,19 +208,12 @@ def active_client() -> Any:
         return None
     from distributed import Client
 
-    client = Client.current(allow_global=True) if _has_client() else None
-    chosen = dask_config.get("scheduler", None)
-    return client if chosen in (None, "dask.distributed", "distributed") else None
-
-
-def _has_client() -> bool:
-    from distributed import Client
-
+    if dask_config.get("scheduler", None) not in (None, "dask.distributed", "distributed"):
+        return None
     try:
-        Client.current(allow_global=True)
+        return Client.current()
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def shares_memory(client: Any) -> bool:
@@ -305,16 +298,19 @@ def run_tasks(tasks: list[Delayed], *, at_once: int) -> Iterator[Any]:
         What the first task that failed raised; tasks not yet begun are cancelled.
     """
     client = active_client()
+    waiting = iter(tasks)
     if client is None:
-        waiting = iter(tasks)
-        while batch := list(islice(waiting, at_once)):
-            yield from compute(*batch, optimize_graph=False)
+        threads = count_threads(None)
+        # In this process a task's result is a receipt, and memory is bounded by the tasks that run.
+        batch_tasks = len(tasks) if shares_memory(None) else at_once
+        limited = {"num_workers": at_once} if at_once < threads else {}
+        while batch := list(islice(waiting, batch_tasks)):
+            yield from compute(*batch, optimize_graph=False, **limited)
         return
     from distributed import as_completed
     from distributed.client import FutureCancelledError
     from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-    waiting = iter(tasks)
     queue = as_completed(loop=client.loop)
     submitted = [client.compute(task, optimize_graph=False) for task in islice(waiting, at_once)]
     queue.update(submitted)

@@ -40,8 +40,14 @@ def _ours(**settings: Any) -> Callable[[Path, NDArray[Any]], None]:
 
 def _zarr(**settings: Any) -> Callable[[Path, NDArray[Any]], None]:
     def write(path: Path, a: NDArray[Any]) -> None:
-        shaped = {key: tuple(n or m for n, m in zip(value, a.shape, strict=True)) for key, value in settings.items() if key in {"chunks", "shards"}}
-        array = zarr.create_array(str(path), shape=a.shape, dtype=a.dtype, config={"write_empty_chunks": True}, **settings | shaped)
+        shaped = {
+            key: tuple(n or m for n, m in zip(value, a.shape, strict=True))
+            for key, value in settings.items()
+            if key in {"chunks", "shards"}
+        }
+        array = zarr.create_array(
+            str(path), shape=a.shape, dtype=a.dtype, config={"write_empty_chunks": True}, **settings | shaped
+        )
         array[:] = a
 
     return write

@@ -83,7 +83,14 @@ def test_request_order_reads_a_chunk_once_a_task_even_from_shuffled_starts():
 
 @pytest.mark.parametrize(
     ("count", "window_nbytes", "tasks"),
-    [(10_000, 256_000, 39), (1, 256_000, 1), (10_000_000, 128, 32), (100, 2**30, 100), (100, 1, 1), (2000, 256_000, 32)],
+    [
+        (10_000, 256_000, 39),
+        (1, 256_000, 1),
+        (10_000_000, 128, 32),
+        (100, 2**30, 100),
+        (100, 1, 1),
+        (2000, 256_000, 32),
+    ],
 )
 def test_tasks_are_few_and_bounded(count, window_nbytes, tasks):
     cut = cut_windows(count, window_nbytes)

@@ -378,7 +378,7 @@ def test_zarr_metadata_that_cannot_be_parsed(tmp_path):
 
 
 def test_folder_that_is_no_zarr(tmp_path):
-    with pytest.raises(OpenError, match=r"has no zarr\.json"):
+    with pytest.raises(OpenError, match=r"has neither"):
         open_source(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,92 @@
+"""The README's commands and Python run as they stand, on a matrix of 2000 rows where it speaks of 2,000,000."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pipeline
+from pipeline.cli import cli as commands
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n+)+")
+
+PYTHON = [body for language, body in FENCED.findall(TEXT) if language == "python"]
+SHELL = [body for language, body in FENCED.findall(TEXT) if language in ("sh", "bash", "console")]
+SHELL += [textwrap.dedent(body) for body in INDENTED.findall(FENCED.sub("", TEXT))]
+
+SMALLER = {"2000000x2000": "2000x20", "2_000_000": "2_000", "10_000": "50", "10000": "50", "8GB": "2GB"}
+
+
+def shrink(text):
+    for big, small in SMALLER.items():
+        text = text.replace(big, small)
+    return text
+
+
+def lines(block):
+    """Commands of a block: continued lines joined, prompts and comments gone."""
+    joined = block.replace("\\\n", " ").splitlines()
+    return [words for line in joined if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+
+
+def steps(words):
+    """Commands that `&&` joins, without `uv run`."""
+    found = [[]]
+    for word in words:
+        if word == "&&":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return [step[2:] if step[:2] == ["uv", "run"] else step for step in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the README takes for granted: `A.npy`, `A.zarr`; later blocks find what earlier ones made."""
+    folder = tmp_path_factory.mktemp("readme")
+    values = np.arange(40_000.0).reshape(2000, 20)
+    np.save(folder / "A.npy", values)
+    pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
+    return folder
+
+
+def test_readme_names_only_what_exists():
+    """Of every command, also of those that are too large to run here: the verb and its flags exist."""
+    named = [step for block in SHELL for words in lines(block) for step in steps(words)]
+    assert ["pipeline", "demo"] in named
+    assert ["pytest"] in named
+    for tool, *rest in named:
+        assert tool in ("pip", "pipeline", "pytest", "git", "cd", "uv", "python"), tool
+        if tool == "pipeline":
+            verb = commands.commands[rest[0]]
+            flags = {flag for option in verb.params for flag in option.opts} | {"--help"}
+            assert {word.partition("=")[0] for word in rest if word.startswith("-")} <= flags
+
+
+@pytest.mark.parametrize("block", SHELL, ids=range(len(SHELL)))
+def test_shell(folder, block):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for words in lines(shrink(block)):
+        for step in steps(words):
+            # The demo has a test of its own; pytest runs already.
+            if step[0] == "pipeline" and step[1] != "demo":
+                done = subprocess.run(step, cwd=folder, env=environment, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", PYTHON or [""], ids=range(max(1, len(PYTHON))))
+def test_python(folder, monkeypatch, block):
+    monkeypatch.chdir(folder)
+    exec(compile(shrink(block), "README.md", "exec"), {"__name__": "__main__"})
