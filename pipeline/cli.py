@@ -6,6 +6,7 @@ Zarr and distributed are imported inside the verbs, so that `--help` and mistake
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import io
@@ -18,7 +19,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -62,43 +63,72 @@ class _Terminated(BaseException):
 
 def main() -> None:
     """Run the command line, and turn every failure into one line and its exit code."""
-    debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A path need not be UTF-8.
+            stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(cli.main(standalone_mode=False))
-    except click.ClickException as error:
-        message = " ".join(error.format_message().split())
-        verb = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pipeline"
-        code, text = 2, f"the command line; {message.rstrip('.')}; see {verb} --help"
-    except PipelineError as error:
-        code, text = error.exit_code, "; ".join([str(error), *getattr(error, "__notes__", [])])
-    except (KeyboardInterrupt, click.Abort):
-        code, text = 130, "interrupted; nothing was kept; run it again"
-    except _Terminated:
-        code, text = 143, "terminated; nothing was kept; run it again"
+        with cli.make_context("pipeline", sys.argv[1:]) as context:
+            cli.invoke(context)
+        sys.exit(0)
+    except SystemExit:
+        raise
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001 (the last line of defence: no traceback reaches the user)
-        code, text = 1, f"a bug of ours; {type(error).__name__}: {error}; run it with --debug and report what it says"
-    if debug:
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001 (the last line of defence: no traceback reaches the user)
+        _fail(error)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Say one line, and exit."""
+    code, text = _explain(error)
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
     text = " ".join(text.split())
-    if as_json:
-        click.echo(json.dumps({"error": text, "exit_code": code}))
+    if "--json" in sys.argv:
+        with contextlib.suppress(OSError):
+            click.echo(json.dumps({"error": text, "exit_code": code}))
     click.echo(f"error: {text}", err=True)
     sys.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[int, str]:  # noqa: PLR0911 (a table)
+    """Exit code and words of a failure."""
+    match error:
+        case PipelineError():
+            return error.exit_code, "; ".join([str(error), *getattr(error, "__notes__", [])])
+        case click.ClickException():
+            verb = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pipeline"
+            return 2, f"the command line; {error.format_message().rstrip('.')}; see {verb} --help"
+        case KeyboardInterrupt() | click.Abort():
+            return 130, "interrupted; nothing was kept; run it again"
+        case _Terminated():
+            return 143, "terminated; nothing was kept; run it again"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return 5, f"an output fits its disk; {error.filename or 'standard output'}: {error.strerror}; free some"
+        case OSError():
+            return 3, f"a file can be used; {error.filename or 'one'}: {error.strerror or error}; check it"
+        case MemoryError():
+            return 5, f"a run fits its memory; {error or 'it ran out'}; ask for less at once"
+    return 1, f"a bug of ours; {type(error).__name__}: {error}; run it with --debug and report what it says"
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise _Terminated
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG, invoke_without_command=True)
 @click.version_option(package_name="random-windows", prog_name="pipeline")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Read random windows out of a matrix that is larger than memory, as fast as the storage allows, on Dask."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _common(function: Callable[..., None]) -> Callable[..., None]:
@@ -385,6 +415,7 @@ def _prepare(
     from pipeline.collect import prepare_gathering
     from pipeline.matrix import open_matrix
     from pipeline.plan import plan_windows
+    from pipeline.staging import check_apart
     from pipeline.starts import draw_starts, load_starts
     from pipeline.tasks import check_order
     from pipeline.writeback import prepare_storing
@@ -398,6 +429,8 @@ def _prepare(
     opened.check_length(length)
     if starts is not None:
         _refuse_given("count", "seed", "within", beside="--starts")
+        if out is not None and starts != "-":
+            check_apart(Path(out), [starts])
         chosen = load_starts(starts)
     else:
         if within and opened.parts is None:
@@ -430,7 +463,7 @@ def _load_function(name: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"--apply names a module that can be imported; {module_name}: {type(error).__name__}: {error}; mend it"
         ) from error

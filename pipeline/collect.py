@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import uuid
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,82 +12,48 @@ from pipeline.cluster import check_client
 from pipeline.errors import InputError
 from pipeline.readers import check_files
 from pipeline.report import Watch
-from pipeline.staging import check_destination, stage_file
+from pipeline.staging import check_apart, check_destination, stage_file
 from pipeline.tasks import (
     Apply,
     Receipt,
     Work,
     active_client,
+    close_run,
     count_threads,
     fit_memory,
     make_block,
     name_tasks,
+    open_run,
     prepare_work,
-    read_block,
+    read_windows,
     run_tasks,
     shares_memory,
+    writing,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from pipeline.plan import Cost, Plan, Task
     from pipeline.tasks import Footprint
 
 
-@dataclass(slots=True)
-class _Destination:
-    """An array that tasks of this process write into, until it is the caller's again."""
-
-    array: NDArray[Any]
-    writers: int = 0
-
-
-_destinations: dict[str, _Destination] = {}
-_registry = threading.Condition()
-
-
-@contextmanager
-def _publish(array: NDArray[Any]) -> Iterator[str]:
-    """Let tasks of this process find `array` under the yielded run's id; on leaving, wait for those at work in it."""
-    run = uuid.uuid4().hex
-    destination = _Destination(array)
-    with _registry:
-        _destinations[run] = destination
-    try:
-        yield run
-    finally:
-        with _registry:
-            del _destinations[run]
-            _registry.wait_for(lambda: destination.writers == 0)
-
-
-@contextmanager
-def _borrow(run: str) -> Iterator[NDArray[Any] | None]:
-    """Yield the run's array, or None in another process or after the run."""
-    with _registry:
-        destination = _destinations.get(run)
-        if destination is not None:
-            destination.writers += 1
-    if destination is None:
-        yield None
-        return
-    try:
-        yield destination.array
-    finally:
-        with _registry:
-            destination.writers -= 1
-            _registry.notify_all()
+_destinations: dict[str, NDArray[Any]] = {}
+"""Arrays that tasks of this process write into, by the id of their run."""
 
 
 def place_block(work: Work, task: Task, run: str) -> tuple[NDArray[np.int64], NDArray[Any], Receipt] | Receipt:
-    """Read a task's windows straight into the run's array where this process holds it; else return them."""
-    with _borrow(run) as out:
-        if out is None:
-            return make_block(work, task)
-        return read_block(work, task, out, task.places)
+    """Put a task's windows into their places in the run's array where this process holds it; else return them."""
+    if work.apply is None and run in _destinations:
+        with writing(run):
+            return read_windows(work, task, _destinations[run], task.places)
+    # The run waits for its writers when it ends: `apply`, which may take long, is none of them.
+    block, receipt = make_block(work, task)
+    if run not in _destinations:
+        return task.places, block, receipt
+    with writing(run):
+        _destinations[run][task.places] = block
+    return receipt
 
 
 def gather(
@@ -204,16 +167,21 @@ class Gathering:
         return out
 
     def _fill(self, out: NDArray[Any], watch: Watch, at_once: int) -> None:
-        with _publish(out) as run:
-            tasks = name_tasks("read", place_block, ((self.work, task, run) for task in self.plan.tasks("chunk")))
-            watch.begin(len(tasks), len(self.plan), out.nbytes)
-            for result in run_tasks(tasks, at_once=at_once):
-                if isinstance(result, Receipt):
-                    watch.task_done(result)
-                else:
-                    places, block, receipt = result
-                    out[places] = block
-                    watch.task_done(receipt)
+        with open_run() as run:
+            _destinations[run] = out
+            try:
+                tasks = name_tasks("read", place_block, ((self.work, task, run) for task in self.plan.tasks("chunk")))
+                watch.begin(len(tasks), len(self.plan), out.nbytes)
+                for result in run_tasks(tasks, at_once=at_once):
+                    if isinstance(result, Receipt):
+                        watch.task_done(result)
+                    else:
+                        places, block, receipt = result
+                        out[places] = block
+                        watch.task_done(receipt)
+            finally:
+                close_run(run)
+                del _destinations[run]
 
 
 def prepare_gathering(
@@ -225,6 +193,7 @@ def prepare_gathering(
         if out.suffix != ".npy":
             raise InputError(f"out is an array or the path of an .npy file; got {out}; name it .npy, or use store")
         check_destination(out, nbytes=0, overwrite=overwrite)
+        check_apart(out, plan.matrix.inputs())
     check_files(plan.matrix, plan.sorted_starts, plan.length)
     gathering = Gathering(plan, prepare_work(plan, apply), out, overwrite)
     shape, dtype = gathering.shape, gathering.work.result.dtype

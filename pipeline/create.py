@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import InputError, OutputExistsError
-from pipeline.matrix import ATTRIBUTE, Matrix, html_table, open_matrix
+from pipeline.errors import InputError
+from pipeline.matrix import ATTRIBUTE, Matrix, html_table, local_folder, open_matrix
 from pipeline.memory import budget, parse_size
 from pipeline.report import Watch
 from pipeline.shards import Compression, Cut, create_array, cut_rows, write_entries
 from pipeline.sizes import format_size
 from pipeline.sources import Source, open_source
-from pipeline.staging import check_destination, stage_folder
-from pipeline.tasks import Footprint, Receipt, active_client, count_threads, fit_memory, name_tasks, run_tasks
+from pipeline.staging import check_apart, check_destination, stage_folder
+from pipeline.tasks import (
+    Footprint,
+    Receipt,
+    active_client,
+    count_threads,
+    fit_memory,
+    name_tasks,
+    open_run,
+    run_tasks,
+    writing,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import zarr
     from numpy.typing import DTypeLike
 
@@ -75,10 +84,10 @@ class Creation:
 
     @property
     def nbytes_written(self) -> int:
-        """Bytes of the matrix, its checksums and indexes, before compression; the last file is padded."""
-        chunks = self.files * (self.cut.file // self.cut.chunk)
-        index = 16 * chunks + 4 * self.files if self.cut.shard else 0
-        return self.files * self.cut.file * self.row_nbytes + 4 * chunks + index
+        """Bytes of the matrix, its checksums and indexes, before compression; the last chunk is padded."""
+        chunks = -(-self.rows // self.cut.chunk)
+        index = self.files * (16 * (self.cut.file // self.cut.chunk) + 4) if self.cut.shard else 0
+        return chunks * (self.cut.chunk * self.row_nbytes + 4) + index
 
     @property
     def task_nbytes(self) -> int:
@@ -109,14 +118,15 @@ class Creation:
                 dimension_names=["row", *(f"column_{axis}" for axis in range(len(shape) - 1))],
                 attributes={ATTRIBUTE: ours},
             )
-            arguments = (
-                (self.source, array, self.cut.file, number, first, min(first + self.task_rows, shape[0]))
-                for number, first in enumerate(range(0, shape[0], self.task_rows))
-            )
-            tasks = name_tasks("create", copy_rows, arguments)
-            watch.begin(len(tasks), shape[0], self.nbytes_written)
-            for receipt in run_tasks(tasks, at_once=footprint.at_once):
-                watch.task_done(receipt)
+            with open_run() as run:
+                arguments = (
+                    (self.source, array, self.cut.file, number, first, min(first + self.task_rows, shape[0]), run)
+                    for number, first in enumerate(range(0, shape[0], self.task_rows))
+                )
+                tasks = name_tasks("create", copy_rows, arguments)
+                watch.begin(len(tasks), shape[0], self.nbytes_written)
+                for receipt in run_tasks(tasks, at_once=footprint.at_once):
+                    watch.task_done(receipt)
         return open_matrix(self.dest)
 
     @property
@@ -254,7 +264,7 @@ def plan_creation(
             raise InputError(f"{name} is a whole number of rows; got {value!r}; give one of at least {least}")
     opened = open_source(source, dtype=dtype, row_shape=row_shape, dataset=dataset, axis=axis, seed=seed)
     check_destination(dest, nbytes=0, overwrite=overwrite)
-    _check_apart(source, dest)
+    check_apart(dest, _inputs(source))
     row_nbytes = math.prod(opened.shape[1:]) * opened.dtype.itemsize
     cut = cut_rows(
         opened.shape[0], row_nbytes, length=length, compress=compress, chunk_rows=chunk_rows, shard_rows=shard_rows
@@ -269,23 +279,22 @@ def plan_creation(
     return creation
 
 
-def _check_apart(source: Any, dest: Path) -> None:
-    """Refuse a destination that is its own source, or lies inside of it."""
-    given = [source] if isinstance(source, str | Path) else source if isinstance(source, list | tuple) else []
-    for each in given:
-        place = Path(str(each).split("::")[0]).resolve()
-        if place.exists() and (dest.resolve() == place or place in dest.resolve().parents):
-            if place.is_dir() and not (place / "zarr.json").exists() and not (place / ".zarray").exists():
-                continue
-            raise OutputExistsError(f"a matrix lies apart from its source; {dest} is or is inside {each}; name another")
+def _inputs(source: Any) -> list[str]:
+    """Files and folders that a source names."""
+    given = [source] if isinstance(source, str | Path) or not isinstance(source, Sequence) else source
+    names = [each if isinstance(each, str | Path) else local_folder(each) for each in given]
+    return [str(name).split("::")[0] for name in names if name is not None]
 
 
-def copy_rows(source: Source, array: zarr.Array[Any], file_rows: int, number: int, first: int, stop: int) -> Receipt:
+def copy_rows(
+    source: Source, array: zarr.Array[Any], file_rows: int, number: int, first: int, stop: int, run: str
+) -> Receipt:
     """Read rows [first, stop) of a source and write them, a file at a time."""
     begin = time.perf_counter()
     rows = source.read_rows(first, stop)
     read = time.perf_counter()
     for start in range(first, stop, file_rows):
-        write_entries(array, start, rows[start - first : min(start + file_rows, stop) - first])
+        with writing(run):
+            write_entries(array, start, rows[start - first : min(start + file_rows, stop) - first])
     done = time.perf_counter()
     return Receipt(number, stop - first, rows.nbytes, read - begin, 0.0, done - read)

@@ -45,8 +45,8 @@ class ShardIndex:
         """Size of the encoded index."""
         return 16 * self.chunks + CHECKSUM_NBYTES * self.checksum
 
-    def read(self, fd: int, path: str) -> NDArray[np.int64]:
-        """Read and check one shard's index.
+    def read(self, fd: int, name: str) -> NDArray[np.int64]:
+        """Read and check one shard's index; `name` tells errors which.
 
         Returns
         -------
@@ -62,18 +62,18 @@ class ShardIndex:
         where = size - self.nbytes if self.at_end else 0
         raw = os.pread(fd, self.nbytes, where) if where >= 0 else b""
         if len(raw) != self.nbytes:
-            raise IntegrityError(f"a shard holds its index; {path} has {size} bytes, its index {self.nbytes}")
+            raise IntegrityError(f"a shard holds its index; {name} has {size} bytes, its index {self.nbytes}")
         entries = raw
         if self.checksum:
             entries = raw[:-CHECKSUM_NBYTES]
             if google_crc32c.value(entries) != int.from_bytes(raw[-CHECKSUM_NBYTES:], "little"):
-                raise IntegrityError(f"a shard's index matches its checksum; that of {path} does not: torn or corrupt")
+                raise IntegrityError(f"a shard's index matches its checksum; that of {name} does not: torn or corrupt")
         index = np.frombuffer(entries, dtype="<u8").reshape(self.chunks, 2)
         absent = (index == _ABSENT).all(axis=1)
         # Compared one by one, since a corrupt offset plus its size may pass 2**64.
         inside = (index[:, 0] <= size) & (index[:, 1] <= size) & (index[:, 0] <= size - np.minimum(index[:, 1], size))
         if not (inside | absent).all():
-            raise IntegrityError(f"a shard's index points into its file; that of {path} points past its {size} bytes")
+            raise IntegrityError(f"a shard's index points into its file; that of {name} points past its {size} bytes")
         return np.where(absent[:, None], np.int64(-1), index.astype(np.int64))
 
 
@@ -128,8 +128,11 @@ class Files:
         for path in self.paths(number):
             problem = self._problem(path)
             if problem:
-                rows = f"rows {number * self.file_rows} to {(number + 1) * self.file_rows - 1}"
-                raise IntegrityError(f"every chunk is there, whole; {path} ({rows}) {problem}; restore it")
+                raise IntegrityError(f"every chunk is there, whole; {self.name(path, number)} {problem}; restore it")
+
+    def name(self, path: str, number: int) -> str:
+        """Path and rows of a file, for messages."""
+        return f"{path} (rows {number * self.file_rows} to {(number + 1) * self.file_rows - 1})"
 
     def _problem(self, path: str) -> str:
         try:

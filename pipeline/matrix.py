@@ -75,6 +75,11 @@ class Matrix:
             raise InputError(f"a window lies inside the matrix; got length {length}; give 1 to {self.rows} rows")
         return int(length)
 
+    def inputs(self) -> list[Path]:
+        """Folders that reading depends on: no output may touch them."""
+        folder = local_folder(self.array)
+        return [] if folder is None else [folder]
+
     def count_files(self) -> tuple[int, int, int]:
         """Chunk or shard files that are there, those there should be, and the bytes that the former take."""
         if self.layout.files is None:
@@ -154,9 +159,14 @@ def open_matrix(source: str | Path | zarr.Array[Any]) -> Matrix:
     return Matrix(path, array.shape, dtype.newbyteorder("="), layout, _parts(array, path), array)
 
 
+def is_numeric(dtype: np.dtype[Any]) -> bool:
+    """Whether values are numbers that a matrix can hold: Zarr has no name for floats of more than 64 bits."""
+    return dtype.kind in "biufc" and dtype.itemsize <= (16 if dtype.kind == "c" else 8)
+
+
 def check_numeric(dtype: np.dtype[Any], path: str) -> None:
     """Raise InputError where values are no numbers that a matrix can hold."""
-    if dtype.kind not in "biufc" or dtype.itemsize > 16 or dtype in (np.dtype("g"), np.dtype("G")):
+    if not is_numeric(dtype):
         raise InputError(
             f"a matrix holds numbers of at most 64 bits a component; {path} holds {dtype}; convert it first"
         )
@@ -184,6 +194,14 @@ def open_array(path: Path) -> zarr.Array[Any]:
     held += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     way_out = f"write {path / names[0]}" if names else "name another folder"
     raise OpenError(f"a matrix is one Zarr array; {path} is a group {held}; {way_out}")
+
+
+def local_folder(array: zarr.Array[Any]) -> Path | None:
+    """Folder that an array lies in; None where its store is not on a local disk."""
+    from zarr.storage import LocalStore
+
+    store = array.store_path.store
+    return Path(store.root, array.path) if isinstance(store, LocalStore) else None
 
 
 def reading_config(array: zarr.Array[Any]) -> zarr.Array[Any]:

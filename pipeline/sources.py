@@ -15,7 +15,7 @@ import numpy as np
 from pipeline import hdf5
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.files import FileStamp, check_rows, read_runs
-from pipeline.matrix import open_array, reading_config
+from pipeline.matrix import is_numeric, open_array, reading_config
 
 if TYPE_CHECKING:
     import zarr
@@ -494,9 +494,7 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], axis: 
         raise OpenError(
             f"a source must hold numbers; {name} holds objects, refused, never unpickled; save plain numbers"
         )
-    # Zarr has no name for wider floats than these.
-    widest = {"f": 8, "c": 16}.get(dtype.kind, 8)
-    if dtype.kind not in "biufc" or dtype.itemsize > widest:
+    if not is_numeric(dtype):
         raise InputError(
             f"a source must hold booleans, integers, floats of up to 64 bits or complex numbers of them; {name} has "
             f"dtype {dtype}; convert it"

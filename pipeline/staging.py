@@ -16,7 +16,7 @@ from pipeline.matrix import ATTRIBUTE
 from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -87,6 +87,15 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
+def check_apart(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise OutputExistsError where an output is one of its inputs, lies inside of one, or holds one."""
+    place = path.resolve()
+    for each in inputs:
+        source = Path(each).resolve()
+        if place == source or source in place.parents or place in source.parents:
+            raise OutputExistsError(f"an output lies apart from its input; {path} and {each} do not; name another")
+
+
 def check_destination(path: Path, *, nbytes: int, overwrite: bool) -> None:
     """Raise unless an output of `nbytes` may go to `path`: nothing is there, or with `overwrite` an output of ours."""
     if not path.name:
@@ -97,10 +106,10 @@ def check_destination(path: Path, *, nbytes: int, overwrite: bool) -> None:
         raise OpenError(f"an output goes into a folder that can be written; {path.parent} cannot; change its mode")
     partial = _partial(path)
     for taken in (path, partial):
-        if os.path.lexists(taken) and not overwrite:
+        if _is_taken(taken) and not overwrite:
             kind = "holds an interrupted run's remains" if taken == partial else "exists"
             raise OutputExistsError(f"an output is written once; {taken} {kind}; name another, or pass --overwrite")
-    if os.path.lexists(path) and not _is_ours(path):
+    if _is_taken(path) and not _is_ours(path):
         raise OutputExistsError(
             f"only an output of ours is replaced; {path} is none; name another, or remove it yourself"
         )
@@ -109,6 +118,16 @@ def check_destination(path: Path, *, nbytes: int, overwrite: bool) -> None:
         raise DiskSpaceError(
             f"an output fits its disk; {path} takes {format_size(nbytes)}, the disk has {format_size(free)}; free some"
         )
+
+
+def _is_taken(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise OpenError(f"an output can be named so; {path}: {error.strerror}; name another") from error
+    return True
 
 
 def _partial(path: Path) -> Path:

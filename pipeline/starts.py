@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import InputError, NotFoundError, OpenError
+from pipeline.errors import BudgetError, InputError, NotFoundError, OpenError
+from pipeline.memory import budget
+from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+
+_DIGITS = 40
+"""More digits than any 64-bit number is written with."""
+_DRAWN_NBYTES = 64
+"""Memory that drawing and planning takes for each start."""
 
 
 def draw_starts(
@@ -54,13 +64,21 @@ def draw_starts(
     ------
     InputError
         If a value is out of its range, or that many windows do not fit.
+    BudgetError
+        If that many starts do not fit in memory.
 
     Examples
     --------
     >>> draw_starts(1_000_000, length=16, count=4, seed=0)
-    array([850612, 636950, 511121, 269776])
+    array([850611, 636952, 511128, 269782])
     """
     _check_whole(rows=(rows, 1), length=(length, 1), count=(count, 1), seed=(seed, 0))
+    allowed = budget()
+    if count * _DRAWN_NBYTES > allowed.nbytes:
+        raise BudgetError(
+            f"starts fit in memory; {count} of them take {format_size(count * _DRAWN_NBYTES)}, {allowed.source} allows "
+            f"{format_size(allowed.nbytes)}; draw fewer at a time"
+        )
     if length > rows:
         raise InputError(f"a window lies inside the matrix; got length {length} for {rows} rows; give 1 to {rows}")
     intervals = np.array([[0, rows]]) if within is None else check_intervals(within, rows)
@@ -160,12 +178,12 @@ def load_starts(path: str | Path) -> NDArray[Any]:
     if str(path) == "-":
         return _parse_starts(sys.stdin.read(), "standard input")
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise NotFoundError(f"starts come from a file that is there; nothing is at {path}; check the path")
     try:
         if path.suffix == ".npy":
-            loaded: NDArray[Any] = np.load(path, allow_pickle=False)
-            return loaded
+            with path.open("rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -176,17 +194,16 @@ def load_starts(path: str | Path) -> NDArray[Any]:
 
 
 def _parse_starts(text: str, name: str) -> NDArray[Any]:
-    words = text.split()
-    for number, word in enumerate(words):
-        if not word.lstrip("+-").isdecimal():
+    values = []
+    for number, word in enumerate(text.split()):
+        if not re.fullmatch(r"[+-]?[0-9]+", word):
             raise OpenError(
                 f"starts are whole numbers, one a line; {name} has {word[:40]!r} at place {number}; mend it"
             )
-    values = [int(word) for word in words]
-    # NumPy would turn what fits no 64-bit integer into objects or floats.
-    outside = next((value for value in values if not -(2**63) <= value < 2**63), None)
-    if outside is not None:
-        raise InputError(f"a start is a row of the matrix; {name} has {outside}; mend it")
+        # NumPy would turn what fits no 64-bit integer into objects or floats.
+        if len(word) > _DIGITS or not -(2**63) <= int(word) < 2**63:
+            raise InputError(f"a start is a row of the matrix; {name} has {word[:40]} at place {number}; mend it")
+        values.append(int(word))
     return np.array(values, dtype=np.int64)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import uuid
-from dataclasses import dataclass
+from collections import Counter
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from dask import delayed
 from dask.base import compute, get_scheduler
 
 from pipeline.errors import BudgetError, IncompleteError, InputError, IntegrityError, PipelineError
+from pipeline.matrix import is_numeric
 from pipeline.memory import budget, held_nbytes
 from pipeline.readers import choose_reader
 from pipeline.sizes import MIB, format_size
@@ -83,8 +87,11 @@ def prepare_work(plan: Plan, apply: Apply | None) -> Work:
     block = np.empty((1, *plan.window_shape), plan.matrix.dtype)
     reader.read_windows(plan.starts[:1], plan.length, block, np.zeros(1, np.int64))
     probed = call_apply(apply, block, int(plan.starts[0]))
-    if probed.dtype.kind not in "biufc":
-        raise IntegrityError(f"apply returns numbers; for the first window it gave dtype {probed.dtype}; convert them")
+    if not is_numeric(probed.dtype) or not probed.size:
+        raise IntegrityError(
+            f"apply returns numbers of at most 64 bits a component; for the first window it gave {probed.dtype} of "
+            f"shape {probed.shape[1:]}; convert them"
+        )
     result = BlockShape(probed.shape[1:], probed.dtype)
     return Work(reader, plan.length, plan.window_shape, plan.matrix.dtype, apply, result)
 
@@ -95,7 +102,7 @@ def call_apply(apply: Apply, block: NDArray[Any], start: int) -> NDArray[Any]:
     view.flags.writeable = False
     try:
         made = np.asarray(apply(view))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:300]
         raise IntegrityError(
             f"apply takes any block; on {len(block)} windows, the first at row {start}, it raised "
@@ -109,49 +116,45 @@ def call_apply(apply: Apply, block: NDArray[Any], start: int) -> NDArray[Any]:
     return made
 
 
-def read_block(work: Work, task: Task, out: NDArray[Any], places: NDArray[np.int64]) -> Receipt:
-    """Read a task's windows, apply, and put each result into `out[places[i]]`.
-
-    Parameters
-    ----------
-    out
-        (n, *work.result.shape) of dtype `work.result.dtype`, C-contiguous.
-    places
-        (k,) positions in `out`.
-    """
+def read_windows(work: Work, task: Task, out: NDArray[Any], places: NDArray[np.int64]) -> Receipt:
+    """Read a task's windows as they are, each into `out[places[i]]`."""
     begin = time.perf_counter()
     try:
-        if work.apply is None:
-            nbytes_read = work.reader.read_windows(task.starts, work.length, out, places)
-            return Receipt(task.number, len(places), nbytes_read, time.perf_counter() - begin, 0.0)
-        block = np.empty((len(places), *work.window_shape), work.dtype)
-        nbytes_read = work.reader.read_windows(task.starts, work.length, block, np.arange(len(places)))
-        read = time.perf_counter()
+        nbytes_read = work.reader.read_windows(task.starts, work.length, out, places)
+    except PipelineError as error:
+        raise _name_task(error, task) from error.__cause__
+    return Receipt(task.number, len(places), nbytes_read, time.perf_counter() - begin, 0.0)
+
+
+def make_block(work: Work, task: Task) -> tuple[NDArray[Any], Receipt]:
+    """Read a task's windows into a block of their own, and apply: (k, *work.result.shape) of `work.result.dtype`."""
+    block = np.empty((len(task.starts), *work.window_shape), work.dtype)
+    receipt = read_windows(work, task, block, np.arange(len(block)))
+    if work.apply is None:
+        return block, receipt
+    begin = time.perf_counter()
+    try:
         made = call_apply(work.apply, block, int(task.starts[0]))
         if made.shape[1:] != work.result.shape or not np.can_cast(made.dtype, work.result.dtype, "same_kind"):
             raise IntegrityError(
                 f"apply returns the same shape and dtype for every block; the first window gave {work.result.shape} "
                 f"{work.result.dtype}, windows from row {task.starts[0]} {made.shape[1:]} {made.dtype}; mend it"
             )
-        out[places] = made
     except PipelineError as error:
-        error.add_note(f"task {task.number}: {len(places)} windows, rows {task.starts.min()} to {task.starts.max()}")
-        raise
-    done = time.perf_counter()
-    return Receipt(task.number, len(places), nbytes_read, read - begin, done - read)
+        raise _name_task(error, task) from error.__cause__
+    made = made.astype(work.result.dtype, copy=False)
+    return made, replace(receipt, apply_seconds=time.perf_counter() - begin)
 
 
-def make_block(work: Work, task: Task) -> tuple[NDArray[np.int64], NDArray[Any], Receipt]:
-    """Read a task's windows into a block of their own: (places (k,), block (k, ...), receipt)."""
-    block = np.empty((len(task.places), *work.result.shape), work.result.dtype)
-    receipt = read_block(work, task, block, np.arange(len(task.places)))
-    return task.places, block, receipt
+def _name_task(error: PipelineError, task: Task) -> PipelineError:
+    rows = f"rows {task.starts.min()} to {task.starts.max()}"
+    error.add_note(f"task {task.number}: {len(task.starts)} windows that start at {rows}")
+    return error
 
 
 def return_block(work: Work, task: Task) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Do the task of `build_tasks`."""
-    places, block, _ = make_block(work, task)
-    return places, block
+    return task.places, make_block(work, task)[0]
 
 
 def build_tasks(plan: Plan, *, apply: Apply | None = None, order: Order = "chunk") -> list[Delayed]:
@@ -234,6 +237,8 @@ def count_threads(client: Any) -> int:
     return int(dask_config.get("num_workers", None) or CPU_COUNT)
 
 
+_CLOSE_SECONDS = 4
+"""How long workers of a run that failed may take to finish what they write."""
 _OWN_NBYTES = 64 * MIB
 """What the interpreter grows by while it runs: a cluster's threads, buffers, the code of what is imported late."""
 
@@ -282,6 +287,52 @@ def fit_memory(
         )
     at_once = min(2 * threads, 1 + (allowed.nbytes - needed) // max(1, task_nbytes))
     return Footprint(at_once, needed + (min(at_once, threads) - 1) * task_nbytes)
+
+
+_writers: Counter[str] = Counter()
+_closed: set[str] = set()
+_registry = threading.Condition()
+
+
+@contextmanager
+def open_run() -> Iterator[str]:
+    """Yield the id of a run; when its block raises, wait for tasks that still write, on every worker, and bar others.
+
+    A task that runs cannot be stopped: without this it would write into what is being removed.
+    """
+    run = uuid.uuid4().hex
+    try:
+        yield run
+    except BaseException:
+        client = active_client()
+        if client is not None and not shares_memory(client):
+            # The failure that brought us here counts, not that of the workers, which may be gone.
+            with suppress(Exception):
+                client.sync(client._run, close_run, run, on_error="ignore", callback_timeout=_CLOSE_SECONDS)  # noqa: SLF001 (`Client.run` has no timeout)
+        close_run(run)
+        raise
+
+
+def close_run(run: str) -> None:
+    """Bar tasks of a run from writing in this process, once those that do have ended."""
+    with _registry:
+        _closed.add(run)
+        _registry.wait_for(lambda: not _writers[run])
+
+
+@contextmanager
+def writing(run: str) -> Iterator[None]:
+    """Hold a run open while its block writes; IncompleteError where it was closed."""
+    with _registry:
+        if run in _closed:
+            raise IncompleteError(f"a run that has ended writes no more; run {run} has; see its own error")
+        _writers[run] += 1
+    try:
+        yield
+    finally:
+        with _registry:
+            _writers[run] -= 1
+            _registry.notify_all()
 
 
 def run_tasks(tasks: list[Delayed], *, at_once: int) -> Iterator[Any]:

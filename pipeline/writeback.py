@@ -12,7 +12,7 @@ from pipeline.matrix import ATTRIBUTE
 from pipeline.readers import check_files
 from pipeline.report import Watch
 from pipeline.shards import create_array, cut_results, write_entries
-from pipeline.staging import check_destination, stage_folder
+from pipeline.staging import check_apart, check_destination, stage_folder
 from pipeline.tasks import (
     active_client,
     check_order,
@@ -20,8 +20,10 @@ from pipeline.tasks import (
     fit_memory,
     make_block,
     name_tasks,
+    open_run,
     prepare_work,
     run_tasks,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -34,11 +36,12 @@ _SHARD_COPIES = 2
 """Writing a shard through zarr holds as many times its bytes more."""
 
 
-def write_block(work: Work, task: Task, array: zarr.Array[Any], first: int) -> Receipt:
+def write_block(work: Work, task: Task, array: zarr.Array[Any], first: int, run: str) -> Receipt:
     """Read a task's windows and write them to entries [first, first + k) of the result: whole shards."""
-    _, block, receipt = make_block(work, task)
+    block, receipt = make_block(work, task)
     begin = time.perf_counter()
-    write_entries(array, first, block)
+    with writing(run):
+        write_entries(array, first, block)
     return replace(receipt, write_seconds=time.perf_counter() - begin)
 
 
@@ -139,11 +142,14 @@ class Storing:
         plan, footprint = self.plan, self.footprint()
         with stage_folder(self.out, nbytes=self.nbytes, overwrite=self.overwrite) as partial:
             array = _create_group(partial, plan, self.work, self.order)
-            arguments = ((self.work, task, array, task.number * plan.task_windows) for task in plan.tasks(self.order))
-            tasks = name_tasks("write", write_block, arguments)
-            watch.begin(len(tasks), len(plan), self.nbytes)
-            for receipt in run_tasks(tasks, at_once=footprint.at_once):
-                watch.task_done(receipt)
+            with open_run() as run:
+                arguments = (
+                    (self.work, task, array, task.number * plan.task_windows, run) for task in plan.tasks(self.order)
+                )
+                tasks = name_tasks("write", write_block, arguments)
+                watch.begin(len(tasks), len(plan), self.nbytes)
+                for receipt in run_tasks(tasks, at_once=footprint.at_once):
+                    watch.task_done(receipt)
         return zarr.open_group(str(self.out), mode="r")
 
 
@@ -154,6 +160,7 @@ def prepare_storing(plan: Plan, path: str | Path, *, apply: Apply | None, order:
         raise InputError(f"a result is a Zarr group in a folder; got {path}; name it .zarr")
     check_order(order)
     check_destination(path, nbytes=0, overwrite=overwrite)
+    check_apart(path, plan.matrix.inputs())
     check_files(plan.matrix, plan.sorted_starts, plan.length)
     storing = Storing(plan, prepare_work(plan, apply), path, order, overwrite)
     check_destination(path, nbytes=storing.nbytes, overwrite=overwrite)

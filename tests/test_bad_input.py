@@ -1,4 +1,4 @@
-"""What a careless or nasty user gives: one line that names the value and the way out, and not a byte changed on disk."""
+"""What a careless or nasty user gives: one line with the value and the way out, and not a byte changed on disk."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def snapshot(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            found[path] = ("link", os.readlink(path))
+            found[path] = ("link", str(path.readlink()))
         elif path.is_file():
             found[path] = ("file", path.read_bytes())
         else:
@@ -132,7 +132,7 @@ def check(cli, folder, arguments, code, words):
     said = cli(*arguments)
     assert (said.code, said.err.count("\n")) == (code, 1), said
     assert said.err.startswith("error: ")
-    assert "Traceback" not in said.err
+    assert not {"Traceback", "Usage:"} & set(said.err.split())
     assert [word for word in words if word not in said.err] == [], said.err
     if "--json" in arguments:
         line = said.err.removeprefix("error: ").rstrip("\n")
@@ -258,14 +258,14 @@ MATRICES = [
     ("A.npy", 3, ["A.npy", "pipeline create"]),
     ("pipe", 3, ["pipe"]),
     ("G.zarr", 3, ["G.zarr is a group", "inner"]),
-    ("plain.zarr", 3, ["plain.zarr", "check the folder"]),
-    ("torn.zarr", 3, ["torn.zarr", "check the folder"]),
-    ("list.zarr", 3, ["list.zarr", "check the folder"]),
+    ("plain.zarr", 3, ["plain.zarr", "zarr.json", "name a folder"]),
+    ("torn.zarr", 3, ["torn.zarr", "restore"]),
+    ("list.zarr", 3, ["list.zarr", "restore"]),
     ("bare.zarr", 3, ["bare.zarr"]),
     ("zero.zarr", 2, ["(0, 3)", "give another"]),
     ("text.zarr", 2, ["<U4", "convert"]),
     ("forged.zarr", 3, ["forged.zarr", "[[0, 10], [20, 2000]]"]),
-    ("''", 3, ["check"]),
+    ("''", 3, ["name a folder"]),
     ("'two\nlines.zarr'", 3, ["two lines.zarr", "check the path"]),
 ]
 
@@ -275,7 +275,7 @@ CREATIONS = [
     ("s3://bucket/A.zarr X.zarr", 3, ["s3:/bucket/A.zarr", "local path"]),
     (f"{LONG}.npy X.zarr", 3, [LONG]),
     ("G.zarr X.zarr", 3, ["G.zarr is a group", "G.zarr/inner"]),
-    ("plain.zarr X.zarr", 3, ["plain.zarr", "name a file or a Zarr array"]),
+    ("plain.zarr X.zarr", 3, ["plain.zarr", "zarr.json", "name a folder"]),
     ("torn.zarr X.zarr", 3, ["torn.zarr", "restore"]),
     ("cut.npy X.zarr", 3, ["cut.npy", "320127 of 320128", "copy it again"]),
     ("head.npy X.zarr", 3, ["head.npy", "numpy.save"]),
@@ -328,15 +328,14 @@ CREATIONS = [
     ("A.npy absent/X.zarr", 3, ["absent", "make it first"]),
     (f"A.npy {LONG}.zarr", 3, [LONG]),
     ("A.zarr A.zarr", 7, ["A.zarr exists"]),
-    ("A.zarr A.zarr --overwrite", 7, ["is or is inside A.zarr", "name another"]),
-    ("A.zarr A.zarr/X.zarr", 7, ["is or is inside A.zarr", "name another"]),
-    ("link.zarr A.zarr --overwrite", 7, ["is or is inside", "name another"]),
+    ("A.zarr A.zarr --overwrite", 7, ["apart", "A.zarr", "name another"]),
+    ("A.zarr A.zarr/X.zarr", 7, ["apart", "A.zarr", "name another"]),
+    ("link.zarr A.zarr --overwrite", 7, ["apart", "link.zarr", "name another"]),
     ("A.zarr P.zarr A.zarr --overwrite", 7, ["A.zarr", "name another"]),
     ("W.zarr/windows W.zarr --overwrite", 7, ["W.zarr", "name another"]),
 ]
 
 LINES = [
-    ("", 2, ["--help"]),
     ("rum A.zarr", 2, ["'rum'", "pipeline --help"]),
     ("run", 2, ["MATRIX", "pipeline run --help"]),
     ("create", 2, ["SOURCE", "pipeline create --help"]),
@@ -385,7 +384,7 @@ def test_run_refuses_what_plan_refuses(cli, here, line):
 def test_apply_that_changes_its_mind(cli, here):
     # The probe sees one window, the first task thousands.
     line = "run A.zarr --apply features:fickle --out X.npy -q"
-    check(cli, here, line.split(), 4, ["(1, 20)", "(2, 20)", "task 0", "rows", "mend it"])
+    check(cli, here, line.split(), 4, ["(1, 20)", "(2, 20)", "task ", "rows", "mend it"])
 
 
 def test_starts_on_standard_input_that_are_none(cli, here):
@@ -459,7 +458,7 @@ def test_damaged_file_is_named_and_never_the_fill_value(cli, samples, tmp_path, 
     words = ["A.zarr/c/3/0", "rows 768 to 1023"]
     if layout == "compressed" and damage in (truncate, grow):
         # Only decoding tells, and it decodes several chunks in one call.
-        words = ["A.zarr", "rows 512 to 1023", "checksum"]
+        words = ["A.zarr", "rows 768 to 1023", "checksum"]
     line = ["run", "A.zarr", "--starts", "hit.txt", "--out", "w.npy", "-q", "--json"]
     check(cli, tmp_path, line, 4, words)
     assert cli("run", "A.zarr", "--starts", "miss.txt", "--out", "w.npy", "-q").code == 0

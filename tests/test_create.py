@@ -121,12 +121,12 @@ def test_the_default_layout(tmp_path):
 
 @pytest.mark.parametrize("compress", ["zstd", "blosc"])
 def test_compressed_chunks_fit_the_window_and_carry_a_checksum(compress, tmp_path):
-    np.save(tmp_path / "A.npy", A := np.repeat(np.arange(10_000.0), 500).reshape(-1, 500))
+    np.save(tmp_path / "A.npy", a := np.repeat(np.arange(10_000.0), 500).reshape(-1, 500))
     matrix = pipeline.create_matrix(tmp_path / "A.npy", tmp_path / "A.zarr", compress=compress, length=20)
     assert matrix.chunk_rows == 20
     assert matrix.layout.codecs == ("bytes", compress, "crc32c")
     assert matrix.count_files()[2] < matrix.nbytes / 4
-    np.testing.assert_array_equal(matrix.array[:], A)
+    np.testing.assert_array_equal(matrix.array[:], a)
 
 
 @pytest.mark.parametrize(

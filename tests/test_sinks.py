@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import collect, readers
+from pipeline import readers
+from pipeline.tasks import open_run, writing
 from tests.layouts import LAYOUTS, ROWS, distinct, stack
 
 STARTS = [0, 195, 3, 3, 100, 8, 9, 10, 7, 64, 31, 32, 60, 150, 151, 152, 1, 195, 16, 17]
@@ -425,29 +426,41 @@ class TestMemory:
             pipeline.gather(plan)
 
 
-def test_nobody_writes_into_the_result_after_the_call(matrices):
-    """A failing gather waits for the tasks that still write, and takes its array out of the registry."""
-    plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), STARTS, length=LENGTH)
-    out = np.zeros((len(STARTS), *plan.window_shape))
-    entered, release, left = threading.Event(), threading.Event(), threading.Event()
+def test_a_run_that_ends_waits_for_its_writers_and_bars_others():
+    entered, release = threading.Event(), threading.Event()
+    out = np.zeros(1)
 
     def write_late():
-        with collect._borrow(run) as array:
+        with writing(run):
             entered.set()
             release.wait()
-            array[0] = 1
-        left.set()
+            out[0] = 1
 
-    with collect._publish(out) as run:
-        writer = threading.Thread(target=write_late)
+    writer = threading.Thread(target=write_late)
+    with contextlib.suppress(KeyError), open_run() as run:
         writer.start()
         entered.wait()
         threading.Timer(0.05, release.set).start()
-    assert left.wait(5)
-    assert out[0, 0, 0, 0] == 1
-    with collect._borrow(run) as array:
-        assert array is None
+        raise KeyError
+    assert out[0] == 1
+    with pytest.raises(pipeline.IncompleteError), writing(run):
+        pass
     writer.join()
+
+
+@pytest.mark.usefixtures("cut_small")
+def test_a_failed_store_leaves_nothing_though_tasks_still_write(any_scheduler, matrices, tmp_path):
+    plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), STARTS * 20, length=LENGTH)
+    for attempt in range(5):
+        with pytest.raises(pipeline.IntegrityError, match="not divide"):
+            pipeline.store(plan, tmp_path / f"{attempt}.zarr", apply=fail_at_high_rows)
+    assert not list(tmp_path.iterdir())
+
+
+def fail_at_high_rows(block):
+    if block[0, 0, 0, 0] > 2000:
+        raise ZeroDivisionError("not divide")
+    return block
 
 
 def test_tasks_of_a_failed_run_are_cancelled(matrices, cut_small):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_every_way_of_drawing_keeps_its_promise(data):
     rows = data.draw(st.integers(1, 300))
     length = data.draw(st.integers(1, rows))
     cuts = sorted(data.draw(st.sets(st.integers(0, rows), min_size=2, max_size=8)))
-    intervals = [[first, stop] for first, stop in zip(cuts, cuts[1:], strict=False) if data.draw(st.booleans())]
+    intervals = [[first, stop] for first, stop in pairwise(cuts) if data.draw(st.booleans())]
     within = data.draw(st.permutations(intervals)) if intervals else None
     replace, overlap = data.draw(st.booleans()), data.draw(st.booleans())
     spans = intervals or [[0, rows]]
@@ -67,10 +68,10 @@ def test_every_way_of_drawing_keeps_its_promise(data):
 
 def test_disjoint_windows_are_uniform_over_their_arrangements():
     # Two windows of 2 rows in 5 rows: {0,2}, {0,3}, {1,3}.
-    seen = [tuple(sorted(pipeline.draw_starts(5, length=2, count=2, seed=s, overlap=False))) for s in range(3000)]
+    seen = [tuple(sorted(pipeline.draw_starts(5, length=2, count=2, seed=s, overlap=False))) for s in range(900)]
     arrangements, counts = np.unique(seen, axis=0, return_counts=True)
     assert arrangements.tolist() == [[0, 2], [0, 3], [1, 3]]
-    assert abs(counts - 1000).max() < 150
+    assert abs(counts - 300).max() < 90
 
 
 def test_disjoint_windows_that_fill_the_matrix():
