@@ -172,7 +172,7 @@ class Gathering:
             try:
                 tasks = name_tasks("read", place_block, ((self.work, task, run) for task in self.plan.tasks("chunk")))
                 watch.begin(len(tasks), len(self.plan), out.nbytes)
-                for result in run_tasks(tasks, at_once=at_once):
+                for result in run_tasks(tasks, at_once=at_once, results_travel=not shares_memory(active_client())):
                     if isinstance(result, Receipt):
                         watch.task_done(result)
                     else:

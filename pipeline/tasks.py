@@ -239,6 +239,10 @@ def count_threads(client: Any) -> int:
 
 _CLOSE_SECONDS = 4
 """How long workers of a run that failed may take to finish what they write."""
+_MOST_SUBMITTED = 2000
+"""Tasks that the scheduler is told of at once: enough that none waits, and that its memory stays small."""
+_SUBMITTED_TOGETHER = 8
+"""Tasks of one graph."""
 _OWN_NBYTES = 64 * MIB
 """What the interpreter grows by while it runs: a cluster's threads, buffers, the code of what is imported late."""
 
@@ -335,13 +339,15 @@ def writing(run: str) -> Iterator[None]:
             _registry.notify_all()
 
 
-def run_tasks(tasks: list[Delayed], *, at_once: int) -> Iterator[Any]:
+def run_tasks(tasks: list[Delayed], *, at_once: int, results_travel: bool = False) -> Iterator[Any]:
     """Compute tasks on the active client, or on Dask's own scheduler, and yield each result as it is there.
 
     Parameters
     ----------
     at_once
-        Tasks that are under way, or whose results are not yet taken: what bounds the memory that results hold.
+        Tasks that memory allows to be under way at once; their results, not yet taken, among them.
+    results_travel
+        Whether a result is a block, whose memory counts; otherwise it is a receipt.
 
     Raises
     ------
@@ -350,35 +356,42 @@ def run_tasks(tasks: list[Delayed], *, at_once: int) -> Iterator[Any]:
     """
     client = active_client()
     waiting = iter(tasks)
+    threads = count_threads(client)
+    # Memory is bounded by the tasks that run where results are receipts: let Dask know of all, and show them.
+    window = at_once if results_travel or at_once < threads else _MOST_SUBMITTED
     if client is None:
-        threads = count_threads(None)
-        # In this process a task's result is a receipt, and memory is bounded by the tasks that run.
-        batch_tasks = len(tasks) if shares_memory(None) else at_once
         limited = {"num_workers": at_once} if at_once < threads else {}
-        while batch := list(islice(waiting, batch_tasks)):
+        while batch := list(islice(waiting, window)):
             yield from compute(*batch, optimize_graph=False, **limited)
         return
     from distributed import as_completed
     from distributed.client import FutureCancelledError
     from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-    queue = as_completed(loop=client.loop)
-    submitted = [client.compute(task, optimize_graph=False) for task in islice(waiting, at_once)]
-    queue.update(submitted)
-    futures = set(submitted)
+    def submit(count: int) -> list[Any]:
+        # In parts: Dask warns of a graph that holds many megabytes.
+        parts = iter(lambda: list(islice(waiting, min(count, _SUBMITTED_TOGETHER))), [])
+        return [
+            future
+            for part in islice(parts, -(-count // _SUBMITTED_TOGETHER))
+            for future in client.compute(part, optimize_graph=False)
+        ]
+
+    held = set(submit(window))
     try:
+        queue = as_completed(held, loop=client.loop)
         for future in queue:
-            result = future.result()
-            futures.discard(future)
-            future.release()
-            for task in islice(waiting, 1):
-                following = client.compute(task, optimize_graph=False)
-                futures.add(following)
-                queue.add(following)
-            yield result
+            yield future.result()
+            if results_travel:
+                held.discard(future)
+                future.release()
+            following = submit(1)
+            held.update(following)
+            queue.update(following)
     except (KilledWorker, NoValidWorkerError, FutureCancelledError) as error:
         reason = " ".join(str(error).split())[:300]
         raise IncompleteError(f"every task is done; one is not: {reason}; look at the workers' logs") from error
     finally:
-        if futures:
-            client.cancel(list(futures), force=True)
+        unfinished = [future for future in held if not future.done()]
+        if unfinished:
+            client.cancel(unfinished, force=True)
