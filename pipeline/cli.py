@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from pipeline.errors import InputError, PipelineError
-from pipeline.sizes import format_size
+from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -521,12 +521,12 @@ def _seconds(watch: Watch, begin: float, ready: float, started: float, ended: fl
 
 
 def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
-    stages = {"plan": "plan", "start-up": "startup", "work": "work"}
+    stages = {"open and plan": "plan", "start the cluster": "startup", "work": "work"}
     clock = ", ".join(f"{word} {numbers[f'{key}_seconds']:.2f}" for word, key in stages.items())
     tasks = ", ".join(f"{word} {numbers[f'{word}_seconds']:.2f}" for word in ("read", "apply", "write"))
     return {
         "seconds": f"{numbers['seconds']:.2f}: {clock}",
-        "in tasks": f"{numbers['tasks']:,} tasks, summed seconds: {tasks}",
+        "in tasks": f"{count_of(numbers['tasks'], 'task')}, summed seconds: {tasks}",
         "rate": f"{numbers['bytes_per_second'] / 1e6:,.0f} MB/s",
         "peak memory": format_size(numbers["peak_memory"]),
         "dashboard": f"{numbers['dashboard'] or 'none'} while it ran",

@@ -16,7 +16,7 @@ from pipeline.matrix import ATTRIBUTE, Matrix, html_table, local_folder, open_ma
 from pipeline.memory import budget, parse_size
 from pipeline.report import Watch
 from pipeline.shards import Compression, Cut, create_array, cut_rows, write_entries
-from pipeline.sizes import format_size
+from pipeline.sizes import count_of, format_size
 from pipeline.sources import Source, open_source
 from pipeline.staging import check_apart, check_destination, stage_folder
 from pipeline.tasks import (
@@ -143,8 +143,8 @@ class Creation:
             "chunks": f"{unit} in shards of {self.cut.shard:,} rows" if self.cut.shard else unit,
             "codecs": "bytes" + (f" + {self.compress}" if self.compress else "") + " + crc32c",
             "reads": format_size(self.nbytes_read),
-            "writes": f"{written} in {self.files:,} {'shards' if self.cut.shard else 'chunks'}",
-            "tasks": f"{self.tasks:,} of {self.task_rows:,} rows",
+            "writes": f"{written} in {count_of(self.files, 'shard' if self.cut.shard else 'chunk')}",
+            "tasks": f"{count_of(self.tasks, 'task')} of {self.task_rows:,} rows",
             "memory": f"{format_size(self.task_nbytes)} a task",
         }
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.errors import InputError, NotFoundError, OpenError
 from pipeline.layout import Layout, read_layout
-from pipeline.sizes import format_size
+from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     import zarr
@@ -98,7 +98,8 @@ class Matrix:
             "chunks": unit,
         }
         if layout.shard_rows:
-            facts["chunks"] = f"{unit} in shards of {layout.shard_rows:,} rows"
+            shards = -(-self.rows // layout.shard_rows)
+            facts["chunks"] = f"{unit} in {count_of(shards, 'shard')} of {layout.shard_rows:,} rows"
         facts["codecs"] = " + ".join(layout.codecs) or "none"
         facts["reader"] = layout.reader
         if self.parts is not None:
@@ -120,7 +121,8 @@ def html_table(title: str, facts: dict[str, str]) -> str:
         f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
         for key, value in facts.items()
     )
-    return f"<table><caption style='text-align:left'>{html.escape(title)}</caption>{cells}</table>"
+    caption = f"<caption style='text-align:left; font-weight:bold; padding:4px'>{html.escape(title)}</caption>"
+    return f"<table>{caption}{cells}</table>"
 
 
 def open_matrix(source: str | Path | zarr.Array[Any]) -> Matrix:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.matrix import Matrix, html_table
 from pipeline.memory import parse_size
-from pipeline.sizes import MIB, format_size
+from pipeline.sizes import MIB, count_of, format_size
 from pipeline.starts import check_starts
 
 if TYPE_CHECKING:
@@ -153,13 +153,14 @@ class Plan:
             "windows": f"{len(self):,} of {self.length:,} rows, {format_size(self.window_nbytes)} each",
             "wanted": format_size(self.nbytes),
         }
+        verb = "reads" if self.matrix.layout.reader == "direct" else "decodes"
         for sink, cost in (("gather (order chunk)", self.chunk), ("store (order request)", self.request)):
             facts[sink] = (
-                f"{cost.tasks:,} tasks, {cost.chunks:,} chunks, reads {format_size(cost.nbytes_read)}, "
-                f"amplification {cost.amplification:.2f}"
+                f"{count_of(cost.tasks, 'task')}, {count_of(cost.chunks, 'chunk')}, "
+                f"{verb} {format_size(cost.nbytes_read)}, amplification {cost.amplification:.2f}"
             )
         if self.request.nbytes_read > 2 * self.chunk.nbytes_read:
-            facts["store (order chunk)"] = "as gather: sorted windows with their places; --order chunk reads far less"
+            facts["store (order chunk)"] = "as gather, with places beside the sorted windows: far less"
         facts["memory of gather"] = (
             f"{format_size(self.nbytes)} for the result + {format_size(self.reading_nbytes)} a thread"
         )

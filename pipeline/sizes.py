@@ -1,8 +1,19 @@
-"""Bytes as a person reads them."""
+"""Numbers as a person reads them."""
 
 from __future__ import annotations
 
 MIB = 2**20
+
+
+def count_of(count: int, noun: str) -> str:
+    """Write a number of things.
+
+    Examples
+    --------
+    >>> count_of(1, "shard"), count_of(2000, "shard")
+    ('1 shard', '2,000 shards')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def format_size(nbytes: float) -> str:

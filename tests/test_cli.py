@@ -156,7 +156,7 @@ def test_info(cli, matrix):
         "parts": None,
     }
     facts = columns(cli("info", matrix).out)
-    assert (facts["present"], facts["chunks"]) == ("8 of 8 shards", "8 rows (1.25 KiB) in shards of 256 rows")
+    assert (facts["present"], facts["chunks"]) == ("8 of 8 shards", "8 rows (1.25 KiB) in 8 shards of 256 rows")
 
 
 def test_info_of_what_others_wrote(cli, values, tmp_path):

@@ -72,7 +72,7 @@ def test_the_plan_says_when_request_order_costs_more():
     starts = np.random.default_rng(0).integers(0, 99_000, 5000)
     plan = pipeline.plan_windows(matrix_of(100_000, (500,), chunk=1000), starts, length=16)
     assert plan.request.nbytes_read > 2 * plan.chunk.nbytes_read
-    assert "--order chunk" in repr(plan)
+    assert "store (order chunk)" in repr(plan)
     assert "<table" in plan._repr_html_()
 
 
