@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 _EPILOG = (
     "Exit codes: 0 done; 1 a bug of ours; 2 bad input; 3 cannot open or connect; 4 data integrity; 5 memory or disk; "
-    "6 incomplete; 7 output exists; 130, 143 interrupted. Each option can be set by the environment variable "
-    "PIPELINE_NAME, such as PIPELINE_MEMORY=8GB."
+    "6 incomplete; 7 output exists; 130, 143 interrupted. The environment variable PIPELINE_NAME sets an option, "
+    "such as PIPELINE_MEMORY=8GB; not so --out, --overwrite, --order, --dry-run and those that shape the report."
 )
 
 
@@ -49,7 +49,7 @@ class _Option(click.Option):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.name not in (None, "overwrite", "out"):
+        if self.name not in (None, "overwrite", "out", "order"):
             self.envvar = f"PIPELINE_{self.name}".upper()
 
 
@@ -148,10 +148,21 @@ _memory_option = _option("--memory", metavar="SIZE", help="Most that the run may
 _overwrite_option = _option("--overwrite", is_flag=True, help="Replace an output that this program wrote.")
 
 
+def _in_place(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a matrix that is a file read in place."""
+    options = [
+        _option("--dtype", help="Of raw binary, such as float32."),
+        _option("--row-shape", metavar="N[,N...]", help="Shape of a row of raw binary."),
+        _option("--dataset", help="Name of the data set in an HDF5 file."),
+    ]
+    return functools.reduce(lambda made, option: option(made), reversed(options), function)
+
+
 def _request(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options that `run` and `plan` share."""
-    options = [
+    options: list[Callable[[Any], Any]] = [
         click.argument("matrix", metavar="MATRIX"),
+        _in_place,
         _option("--count", type=int, default=10_000, show_default=True, help="Windows to draw."),
         _option("--length", type=int, default=16, show_default=True, help="Rows of a window."),
         _option("--seed", type=int, default=0, show_default=True, help="Of the starts."),
@@ -249,13 +260,18 @@ def create(
 
 @cli.command()
 @click.argument("matrix", metavar="MATRIX")
+@_in_place
 @_option("--length", type=int, default=16, show_default=True, help="Rows of a window.")
 @_common
-def info(matrix: str, length: int, *, as_json: bool, **_: bool) -> None:
-    """Say what a matrix is, and what a window costs."""
-    from pipeline.matrix import open_matrix
+def info(
+    matrix: str, dtype: str | None, row_shape: str | None, dataset: str | None, length: int, *, as_json: bool, **_: bool
+) -> None:
+    """Say what a matrix is, and what a window costs.
 
-    opened = open_matrix(matrix)
+    MATRIX is a Zarr array; or an .npy, raw binary (with --dtype and --row-shape) or HDF5 with a contiguous data set
+    (A.h5::dataset, or --dataset), read in place.
+    """
+    opened = _open_matrix(matrix, dtype, row_shape, dataset)
     length = opened.check_length(length)
     layout = opened.layout
     wanted = length * opened.row_nbytes
@@ -283,13 +299,18 @@ def info(matrix: str, length: int, *, as_json: bool, **_: bool) -> None:
         "window_amplification": nbytes_read / wanted,
         "parts": None if opened.parts is None else opened.parts.tolist(),
     }
-    kind = "shards" if layout.shard_rows else "chunks"
+    kind = "shards" if layout.shard_rows else "chunks" if opened.array is not None else "files"
     facts = opened.facts() | {
         "present": f"{present:,} of {total:,} {kind}",
         "on disk": f"{format_size(stored)} ({stored / opened.nbytes:.2f} of the size in memory)",
         f"a window of {length}": f"{format_size(wanted)}, reads {format_size(nbytes_read)} on average, "
         f"amplification {nbytes_read / wanted:.2f}",
     }
+    if opened.array is None:
+        facts["create"] = (
+            f"would add checksums for every 64 KiB, compression and object stores, for {format_size(opened.nbytes)} "
+            f"of disk before compression; for windows alone it does not pay: they cost the same bytes in place"
+        )
     _report({"matrix": opened.path, **facts}, numbers, as_json=as_json)
 
 
@@ -298,7 +319,7 @@ def info(matrix: str, length: int, *, as_json: bool, **_: bool) -> None:
 def plan(*, as_json: bool, **arguments: Any) -> None:
     """Say what `run` would do and cost.
 
-    Reads no data, but for one window where --apply is given.
+    Reads no data, but for one window where --apply is given. MATRIX is as for `run`.
     """
     _, sink = _prepare(**arguments)
     planned, peak = sink.plan, sink.footprint().peak_nbytes
@@ -336,18 +357,27 @@ def plan(*, as_json: bool, **arguments: Any) -> None:
 @_request
 @_cluster_option
 def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
-    """Read windows into an array, an .npy or Zarr."""
+    """Read windows into an array, an .npy or Zarr.
+
+    MATRIX is a Zarr array; or an .npy, raw binary (with --dtype and --row-shape) or HDF5 with a contiguous data set
+    (A.h5::dataset, or --dataset), read in place.
+    """
     from pipeline.memory import PeakMemory
+    from pipeline.report import name_limit
+    from pipeline.tasks import active_client, count_threads
 
     begin = time.perf_counter()
     matrix, sink = _prepare(**arguments)
     ready = time.perf_counter()
     with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
         started = time.perf_counter()
+        threads = count_threads(active_client())
         with _shown("windows", quiet=quiet) as watch:
             sink.run(watch)
         ended = time.perf_counter()
     planned = sink.plan
+    amplification = watch.nbytes_read / planned.nbytes
+    limit, advice = name_limit(watch, threads=threads, seconds=ended - started, amplification=amplification)
     numbers = {
         "matrix": matrix.path,
         "windows": len(planned),
@@ -356,10 +386,11 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
         "result_shape": list(sink.shape),
         "nbytes_delivered": sink.nbytes,
         "nbytes_read": watch.nbytes_read,
-        "amplification": watch.nbytes_read / planned.nbytes,
+        "amplification": amplification,
         "crossings": planned.crossings(),
         "tasks": watch.done_tasks,
         **_seconds(watch, begin, ready, started, ended),
+        "limit": limit,
         "bytes_per_second": planned.nbytes / (ended - started),
         "peak_memory": peak.nbytes,
         "dashboard": link,
@@ -369,10 +400,11 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
         "windows": f"{len(planned):,} of {planned.length:,} rows out of {matrix.path}",
         "result": f"({shape}) {sink.work.result.dtype}, {format_size(sink.nbytes)}",
         "kept": str(sink.out) if sink.out is not None else "nothing; name a file with --out to keep the windows",
-        "read": f"{format_size(watch.nbytes_read)}, amplification {watch.nbytes_read / planned.nbytes:.2f}",
+        "read": f"{format_size(watch.nbytes_read)}, amplification {amplification:.2f}",
     }
     if matrix.parts is not None and not arguments["within"]:
         facts["crossings"] = f"{planned.crossings():,} windows cross the border of two parts"
+    facts["limit"] = f"{limit}; {advice}" if advice else limit
     _report(facts | _run_facts(numbers), numbers, as_json=as_json)
 
 
@@ -396,9 +428,40 @@ def demo(directory: str | None, *, cluster: str | None, as_json: bool, quiet: bo
     _report(facts, numbers, as_json=as_json)
 
 
+@cli.command()
+@click.argument("directory", metavar="[DIR]", required=False)
+@_option("--scenario", type=click.Choice(["seed", "compressed", "small"]), default="seed", show_default=True)
+@_option("--rows", type=click.IntRange(min=1), help="Of the matrix. Default: seed 125,000; else the full size.")
+@_option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="One more is thrown away.")
+@_option("--cold", is_flag=True, help="Drop the files' pages before each read; needs no root.")
+@_option("--limit", type=click.FloatRange(min=0.1), default=120, show_default=True, help="Seconds of one read.")
+@_option("--plot", metavar="FILE", help="A picture, such as bench.png.")
+@_cluster_option
+@_common
+def bench(directory: str | None, *, plot: str | None, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Show this project beside h5py, np.memmap, zarr, dask, tensorstore and zarrs.
+
+    Each reads the same windows, in a process of its own; every value is checked. Opening and allocating are timed;
+    imports, a first window and the start of a cluster are not. Files of about three times the matrix go to DIR, where
+    they stay and are used again; without DIR, to a temporary folder that is removed.
+    """
+    from pipeline.bench.run import run_bench
+
+    for name in ("verbose", "debug"):
+        settings.pop(name)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
+        say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
+        words, numbers = run_bench(Path(folder), plot=None if plot is None else Path(plot), say=say, **settings)
+    click.echo(json.dumps(numbers) if as_json else words)
+
+
 def _prepare(
     *,
     matrix: str,
+    dtype: str | None,
+    row_shape: str | None,
+    dataset: str | None,
     count: int,
     length: int,
     seed: int,
@@ -413,7 +476,6 @@ def _prepare(
 ) -> tuple[Matrix, Gathering | Storing]:
     """Do all of a run that comes before its cluster: open, draw, plan, check."""
     from pipeline.collect import prepare_gathering
-    from pipeline.matrix import open_matrix
     from pipeline.plan import plan_windows
     from pipeline.staging import check_apart
     from pipeline.starts import draw_starts, load_starts
@@ -425,7 +487,7 @@ def _prepare(
         raise InputError(f"--out ends in .zarr or .npy; got {out!r}; rename it")
     if order is not None and suffix != ".zarr":
         raise InputError(f"--order is for --out X.zarr; got --order {order} with {out or 'no --out'}; drop it")
-    opened = open_matrix(matrix)
+    opened = _open_matrix(matrix, dtype, row_shape, dataset)
     opened.check_length(length)
     if starts is not None:
         _refuse_given("count", "seed", "within", beside="--starts")
@@ -443,6 +505,14 @@ def _prepare(
         sequence = check_order(order or "request")
         return opened, prepare_storing(planned, out, apply=function, order=sequence, overwrite=overwrite)
     return opened, prepare_gathering(planned, apply=function, out=out, overwrite=overwrite)
+
+
+def _open_matrix(path: str, dtype: str | None, row_shape: str | None, dataset: str | None) -> Matrix:
+    from pipeline.matrix import open_matrix
+
+    options = {"dtype": dtype, "row_shape": _parse_shape(row_shape), "dataset": dataset}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return open_matrix(path, **given)
 
 
 def _refuse_given(*names: str, beside: str) -> None:
@@ -515,6 +585,7 @@ def _seconds(watch: Watch, begin: float, ready: float, started: float, ended: fl
         "startup_seconds": started - ready,
         "work_seconds": ended - started,
         "read_seconds": watch.read_seconds,
+        "decode_seconds": watch.decode_seconds,
         "apply_seconds": watch.apply_seconds,
         "write_seconds": watch.write_seconds,
     }
@@ -523,7 +594,7 @@ def _seconds(watch: Watch, begin: float, ready: float, started: float, ended: fl
 def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
     stages = {"open and plan": "plan", "start the cluster": "startup", "work": "work"}
     clock = ", ".join(f"{word} {numbers[f'{key}_seconds']:.2f}" for word, key in stages.items())
-    tasks = ", ".join(f"{word} {numbers[f'{word}_seconds']:.2f}" for word in ("read", "apply", "write"))
+    tasks = ", ".join(f"{word} {numbers[f'{word}_seconds']:.2f}" for word in ("read", "decode", "apply", "write"))
     return {
         "seconds": f"{numbers['seconds']:.2f}: {clock}",
         "in tasks": f"{count_of(numbers['tasks'], 'task')}, summed seconds: {tasks}",

@@ -51,6 +51,7 @@ _MIN_THREADS = 4
 _OPEN_SETTINGS = {"logging", "environ", "pre-spawn-environ", "resources", "default-task-durations"}
 """Dask's settings whose keys are the user's own."""
 _CONNECT_SECONDS = 10
+_WORKER_SECONDS = 60
 _CLOSE_SECONDS = 10
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -391,7 +392,7 @@ def _sigint_blocked(wanted: bool) -> Iterator[None]:
 def _reach(address: str) -> distributed.Client:
     before = _active()
     try:
-        return distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=True)
+        client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=True)
     except Exception as error:
         # Some errors leave a client behind that is active and can do nothing.
         if (after := _active()) is not before:
@@ -401,6 +402,14 @@ def _reach(address: str) -> distributed.Client:
             f"a scheduler must answer within {_CONNECT_SECONDS} s; got {_one_line(error)} at {address}; start it, or "
             "correct scheduler-address"
         ) from error
+    try:
+        client.wait_for_workers(1, timeout=_WORKER_SECONDS)
+    except TimeoutError as error:
+        _close(client)
+        raise OpenError(
+            f"a cluster must have a worker within {_WORKER_SECONDS} s; got none at {address}; start a dask worker"
+        ) from error
+    return client
 
 
 def _active() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 _destinations: dict[str, NDArray[Any]] = {}
 """Arrays that tasks of this process write into, by the id of their run."""
+# A child that is forked during a run has a copy of the array, and would write into that.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_destinations.clear)
 
 
 def place_block(work: Work, task: Task, run: str) -> tuple[NDArray[np.int64], NDArray[Any], Receipt] | Receipt:
@@ -181,7 +185,7 @@ class Gathering:
                         watch.task_done(receipt)
             finally:
                 close_run(run)
-                del _destinations[run]
+                _destinations.pop(run, None)
 
 
 def prepare_gathering(
@@ -205,6 +209,6 @@ def prepare_gathering(
             f"strides {out.strides}, {'' if out.flags.writeable else 'not '}writable; allocate it with numpy.empty"
         )
     if isinstance(out, Path):
-        check_destination(out, nbytes=gathering.nbytes, overwrite=overwrite)
+        check_destination(out, nbytes=gathering.nbytes, overwrite=overwrite, dtype=dtype, shape=shape)
     gathering.footprint()
     return gathering

@@ -297,4 +297,4 @@ def copy_rows(
         with writing(run):
             write_entries(array, start, rows[start - first : min(start + file_rows, stop) - first])
     done = time.perf_counter()
-    return Receipt(number, stop - first, rows.nbytes, read - begin, 0.0, done - read)
+    return Receipt(number, stop - first, rows.nbytes, read - begin, write_seconds=done - read)

@@ -9,7 +9,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import google_crc32c
 import numpy as np
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     import zarr
     from numpy.typing import NDArray
+
+    from pipeline.files import FileStamp
 
 CHECKSUM_NBYTES = 4
 _ABSENT = 2**64 - 1
@@ -77,6 +79,50 @@ class ShardIndex:
         return np.where(absent[:, None], np.int64(-1), index.astype(np.int64))
 
 
+class Extents(Protocol):
+    """Files of which each holds the rows of one extent, or of several, as plain bytes. Picklable.
+
+    Extents are numbered in the order of their rows, and so are files.
+    """
+
+    @property
+    def file_extents(self) -> int:
+        """Extents of one file."""
+
+    def find(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Extent that holds each row."""
+
+    def first_rows(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First row of each extent, which is the one after the last row of the extent before."""
+
+    def path(self, number: int) -> str:
+        """Path of a file."""
+
+    def name(self, path: str, number: int) -> str:
+        """Path and rows of a file, for messages."""
+
+    def locate(self, fd: int, number: int, extents: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """Find extents in a file that is open.
+
+        Parameters
+        ----------
+        fd
+            Descriptor of file `number`.
+        extents
+            (k,) numbers within the file.
+
+        Returns
+        -------
+        tuple
+            (k,) byte at which each extent begins, and the bytes that were read to know it.
+
+        Raises
+        ------
+        IntegrityError
+            If the file is not what it was when the matrix was opened, or lacks an extent.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Files:
     """The chunk or shard files of a Zarr array in a local folder; the first axis of their grid runs along the rows."""
@@ -88,10 +134,45 @@ class Files:
     """Files along each axis."""
     file_rows: int
     """Rows of one file; the last one is padded to as many."""
+    chunk_rows: int
+    """Rows of one chunk, or inner chunk of a shard."""
+    chunk_nbytes: int | None
+    """Size of a chunk, its checksum included, where the codecs fix it."""
     nbytes: int | None
     """Size of a file where the codecs fix it."""
     index: ShardIndex | None
     """Where the files are shards."""
+
+    @property
+    def file_extents(self) -> int:
+        """Chunks of one file."""
+        return self.file_rows // self.chunk_rows
+
+    def find(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Chunk that holds each row."""
+        return rows // self.chunk_rows
+
+    def first_rows(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First row of each chunk."""
+        return extents * self.chunk_rows
+
+    def locate(self, fd: int, number: int, extents: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """Byte at which chunks begin; see `Extents.locate`."""
+        if self.index is None:
+            return np.zeros(len(extents), np.int64), 0
+        path = self.path(number)
+        index = self.index.read(fd, self.name(path, number))
+        wrong = np.flatnonzero(index[extents, 1] != self.chunk_nbytes)
+        if len(wrong):
+            chunk = int(extents[wrong[0]])
+            first = number * self.file_rows + chunk * self.chunk_rows
+            nbytes = index[chunk, 1]
+            state = "is absent" if nbytes < 0 else f"has {nbytes} bytes instead of {self.chunk_nbytes}"
+            raise IntegrityError(
+                f"every chunk is there, whole; inner chunk {chunk} of {path} (rows {first} to "
+                f"{first + self.chunk_rows - 1}) {state}; restore the shard"
+            )
+        return index[extents, 0], self.index.nbytes
 
     def path(self, number: int, columns: tuple[int, ...] | None = None) -> str:
         """Path of the file that holds rows [number * file_rows, (number + 1) * file_rows)."""
@@ -151,6 +232,70 @@ class Files:
         return f"has {status.st_size} bytes instead of {self.nbytes}"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainFiles:
+    """Files read in place, of one extent each: `.npy`, raw binary, HDF5 with a contiguous data set."""
+
+    stamps: tuple[FileStamp, ...]
+    """(m,) each file as it was when the matrix was opened."""
+    offsets: tuple[int, ...]
+    """(m,) byte at which the rows of each file begin."""
+    borders: NDArray[np.int64]
+    """(m + 1,) first row of each file, and the number of rows."""
+    row_nbytes: int
+    index: ClassVar[None] = None
+
+    @property
+    def file_rows(self) -> int:
+        """All rows: `check` answers for the matrix as a whole, since a file that changed makes it another one."""
+        return int(self.borders[-1])
+
+    @property
+    def file_extents(self) -> int:
+        """1."""
+        return 1
+
+    def find(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """File that holds each row."""
+        return np.searchsorted(self.borders, rows, side="right") - 1
+
+    def first_rows(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First row of each file."""
+        return self.borders[extents]
+
+    def path(self, number: int) -> str:
+        """Path of a file."""
+        return str(self.stamps[number].path)
+
+    def paths(self, number: int) -> Iterator[str]:
+        """Paths of all files; `number` is 0, as for `check`."""
+        assert number == 0
+        for stamp in self.stamps:
+            yield str(stamp.path)
+
+    def name(self, path: str, number: int) -> str:
+        """Path and rows of a file, for messages."""
+        return f"{path} (rows {self.borders[number]} to {self.borders[number + 1] - 1})"
+
+    def locate(self, fd: int, number: int, extents: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:  # noqa: ARG002
+        """Byte at which the rows of a file begin; see `Extents.locate`."""
+        # Once the file is open: what took its name before is found, what takes it from now on is not read.
+        self.stamps[number].check()
+        return np.full(len(extents), self.offsets[number]), 0
+
+    def count(self) -> tuple[int, int, int]:
+        """Files that are there, those there should be, and the bytes that the rows of the former take."""
+        there = np.array([stamp.path.is_file() for stamp in self.stamps])
+        rows = int(np.diff(self.borders)[there].sum())
+        return int(there.sum()), len(there), rows * self.row_nbytes
+
+    def check(self, number: int) -> None:
+        """Raise IntegrityError unless every file is as it was when the matrix was opened: a stat each."""
+        assert number == 0
+        for stamp in self.stamps:
+            stamp.check()
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What one read must touch, and which reader serves it."""
@@ -158,7 +303,8 @@ class Layout:
     reader: Literal["direct", "decoded"]
     """`direct`: any run of rows lies as plain bytes in local files. `decoded`: chunks are decoded whole, by zarr."""
     chunk_rows: int
-    """Rows of one chunk, or inner chunk of a shard: what has one checksum or is decoded together."""
+    """Rows of one chunk, or inner chunk of a shard: what has one checksum or is decoded together; all rows of a matrix
+    that is read in place."""
     shard_rows: int | None
     """Rows of one shard."""
     chunk_checksum: bool
@@ -167,7 +313,7 @@ class Layout:
     """As stored; values are delivered in native order."""
     codecs: tuple[str, ...]
     """Names, in the order of encoding, inner ones for shards."""
-    files: Files | None
+    files: Files | PlainFiles | None
     """None where the store is no local folder."""
 
     @property
@@ -185,7 +331,7 @@ def read_layout(array: zarr.Array[Any]) -> Layout:
     nbytes = None
     if plain:
         nbytes = chunk_nbytes * (index.chunks if index else 1) + (index.nbytes if index else 0)
-    files = _files(array, outer, nbytes, index)
+    files = _files(array, outer, nbytes, chunk_nbytes if plain else None, index)
     direct = plain and whole_rows and files is not None and byteorder == "little"
     return Layout(
         reader="direct" if direct else "decoded",
@@ -215,6 +361,9 @@ def _codecs(
     if len(described) == 1 and described[0]["name"] == "sharding_indexed":
         index = _index(array, described[0]["configuration"])
         described = list(described[0]["configuration"]["codecs"])
+        if any(codec["name"] == "sharding_indexed" for codec in described):
+            # Shards within shards: the outer index does not tell which of the innermost chunks are there.
+            index = None
     names = tuple(codec["name"] for codec in described)
     endian = next((c.get("configuration", {}).get("endian") for c in described if c["name"] == "bytes"), None)
     plain = names in {("bytes",), ("bytes", "crc32c")} and (array.shards is None or index is not None)
@@ -232,7 +381,11 @@ def _index(array: zarr.Array[Any], configuration: dict[str, Any]) -> ShardIndex 
 
 
 def _files(
-    array: zarr.Array[Any], outer: tuple[int, ...], nbytes: int | None, index: ShardIndex | None
+    array: zarr.Array[Any],
+    outer: tuple[int, ...],
+    nbytes: int | None,
+    chunk_nbytes: int | None,
+    index: ShardIndex | None,
 ) -> Files | None:
     from zarr.storage import LocalStore
 
@@ -242,7 +395,7 @@ def _files(
     grid = tuple(-(-size // chunk) for size, chunk in zip(array.shape, outer, strict=True))
     last = tuple(count - 1 for count in grid)
     for prefix, separator in (("c/", "/"), ("c.", "."), ("", "/"), ("", ".")):
-        files = Files(root, prefix, separator, grid, outer[0], nbytes, index)
+        files = Files(root, prefix, separator, grid, outer[0], array.chunks[0], chunk_nbytes, nbytes, index)
         if files.path(last[0], last[1:]) == f"{root}/{array.metadata.encode_chunk_key(last)}":
             return files
     return None

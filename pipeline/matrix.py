@@ -1,35 +1,47 @@
-"""The matrix: a Zarr array `(rows, *row_shape)` and what is known of it without reading its data."""
+"""The matrix: rows in a Zarr array, or in files read in place, and what is known of it without reading its data."""
 
 from __future__ import annotations
 
 import html
 import math
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import InputError, NotFoundError, OpenError
-from pipeline.layout import Layout, read_layout
+from pipeline.errors import InputError, OpenError
+from pipeline.hdf5 import Hdf5Source
+from pipeline.layout import Layout, PlainFiles, read_layout
 from pipeline.sizes import count_of, format_size
+from pipeline.sources import (
+    FileSource,
+    StackedSource,
+    ZarrSource,
+    is_numeric,
+    open_array,
+    open_source,
+    reading_config,
+    refuse_options,
+    split_name,
+)
 
 if TYPE_CHECKING:
     import zarr
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
+
+    from pipeline.sources import Source
 
 ATTRIBUTE = "random-windows"
 """Key of our own attributes in what we write: says what it is, and its parts."""
-FUSED_PIPELINE = "zarr.core.codec_pipeline.FusedCodecPipeline"
-"""The codec pipeline of zarr that works in the calling thread; about 1.7 times as fast here as its default."""
-_LISTED = 10
-"""Names that an error lists at most."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Matrix:
-    """A matrix on disk: numbers, and the Zarr array that holds them. Picklable; opening it reads no data."""
+    """A matrix on disk: numbers, and what holds them. Picklable; opening it reads no data."""
 
     path: str
     """Where it lies, as the user named it."""
@@ -39,8 +51,9 @@ class Matrix:
     """Of the values as delivered: native byte order."""
     layout: Layout
     parts: NDArray[np.int64] | None
-    """(m, 2), [first, stop) rows of each source that `create_matrix` stacked; None where there was one."""
-    array: zarr.Array[Any]
+    """(m, 2), [first, stop) rows of each source that was stacked; None where there was one."""
+    array: zarr.Array[Any] | None
+    """None where files are read in place."""
 
     @property
     def rows(self) -> int:
@@ -76,13 +89,16 @@ class Matrix:
         return int(length)
 
     def inputs(self) -> list[Path]:
-        """Folders that reading depends on: no output may touch them."""
-        folder = local_folder(self.array)
+        """Files and folders that reading depends on: no output may touch them."""
+        if isinstance(self.layout.files, PlainFiles):
+            return [stamp.path for stamp in self.layout.files.stamps]
+        folder = None if self.array is None else local_folder(self.array)
         return [] if folder is None else [folder]
 
     def count_files(self) -> tuple[int, int, int]:
-        """Chunk or shard files that are there, those there should be, and the bytes that the former take."""
+        """Files of the matrix that are there, those there should be, and the bytes that the former take."""
         if self.layout.files is None:
+            assert self.array is not None
             return self.array.nchunks_initialized, self.array.nchunks, self.array.nbytes_stored()
         return self.layout.files.count()
 
@@ -100,6 +116,8 @@ class Matrix:
         if layout.shard_rows:
             shards = -(-self.rows // layout.shard_rows)
             facts["chunks"] = f"{unit} in {count_of(shards, 'shard')} of {layout.shard_rows:,} rows"
+        if isinstance(layout.files, PlainFiles):
+            facts["chunks"] = f"none: {count_of(len(layout.files.stamps), 'file')} read in place"
         facts["codecs"] = " + ".join(layout.codecs) or "none"
         facts["reader"] = layout.reader
         if self.parts is not None:
@@ -125,45 +143,126 @@ def html_table(title: str, facts: dict[str, str]) -> str:
     return f"<table>{caption}{cells}</table>"
 
 
-def open_matrix(source: str | Path | zarr.Array[Any]) -> Matrix:
+def open_matrix(
+    source: str | Path | zarr.Array[Any] | Sequence[str | Path],
+    *,
+    dtype: DTypeLike | None = None,
+    row_shape: Sequence[int] | None = None,
+    dataset: str | None = None,
+) -> Matrix:
     """Open a matrix, reading its metadata only.
 
     Parameters
     ----------
     source
-        Path of a Zarr array, v2 or v3, of at least one dimension and numeric dtype; or an open `zarr.Array`.
+        Path of a Zarr array, v2 or v3, of at least one dimension and numeric dtype; or an open `zarr.Array`. Or a
+        file that is read in place, since its rows lie as plain bytes: `.npy`, raw binary, HDF5 with a contiguous data
+        set (`file.h5::dataset`). Several such files are stacked by rows, and their borders kept as `matrix.parts`.
+    dtype, row_shape
+        Of raw binary, and of nothing else.
+    dataset
+        Name of the HDF5 data set, of each file; not needed where a file holds only one.
 
     Raises
     ------
     NotFoundError
         If nothing lies at the path; nothing is created there.
     OpenError
-        If it is a Zarr group, no Zarr, or a Zarr that cannot be parsed.
+        If it is a Zarr group, or cannot be parsed, or is truncated; if it is a file whose rows cannot be read in place:
+        in Fortran order, of another byte order, compressed or chunked.
     InputError
-        If the array has no rows or no numbers.
+        If the array has no rows or no numbers, an argument does not fit the source, or parts do not agree.
 
     Examples
     --------
     >>> import numpy, pipeline
     >>> folder = getfixture("tmp_path")
     >>> numpy.save(folder / "A.npy", numpy.arange(6.0).reshape(3, 2))
+    >>> pipeline.open_matrix(folder / "A.npy").shape
+    (3, 2)
     >>> matrix = pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
     >>> pipeline.open_matrix(folder / "A.zarr").shape
     (3, 2)
     """
-    array = reading_config(open_array(Path(source)) if isinstance(source, str | Path) else source)
-    path = str(source) if isinstance(source, str | Path) else str(array.store_path)
+    if isinstance(source, str | Path):
+        path, name = split_name(str(source))
+        if name is None and (not os.path.lexists(path) or path.is_dir()):
+            matrix = _open_zarr(open_array(path), str(source))
+        else:
+            return _open_in_place(source, dtype=dtype, row_shape=row_shape, dataset=dataset)
+    elif isinstance(source, Sequence):
+        return _open_in_place(source, dtype=dtype, row_shape=row_shape, dataset=dataset)
+    else:
+        matrix = _open_zarr(source, str(getattr(source, "store_path", "")))
+    refuse_options(matrix.path, "a Zarr array, which has its own", dtype=dtype, row_shape=row_shape, dataset=dataset)
+    return matrix
+
+
+def _open_zarr(array: zarr.Array[Any], path: str) -> Matrix:
+    import zarr
+
+    if not isinstance(array, zarr.Array):
+        raise InputError(
+            f"a matrix is a path, several, or a zarr.Array; got {type(array).__name__}; save it with numpy.save"
+        )
+    array = reading_config(array)
     dtype = np.dtype(array.dtype)
     check_numeric(dtype, path)
     if not array.shape or 0 in array.shape:
         raise InputError(f"a matrix has rows, and rows have values; {path} has shape {array.shape}; give another array")
-    layout = read_layout(array)
+    try:
+        layout = read_layout(array)
+    except NotImplementedError as error:
+        raise InputError(f"a matrix has chunks of one size; those of {path} vary; make one of it first") from error
     return Matrix(path, array.shape, dtype.newbyteorder("="), layout, _parts(array, path), array)
 
 
-def is_numeric(dtype: np.dtype[Any]) -> bool:
-    """Whether values are numbers that a matrix can hold: Zarr has no name for floats of more than 64 bits."""
-    return dtype.kind in "biufc" and dtype.itemsize <= (16 if dtype.kind == "c" else 8)
+def _open_in_place(source: str | Path | Sequence[str | Path], **options: Any) -> Matrix:
+    opened = open_source(source, **options)
+    names = [str(each) for each in ([source] if isinstance(source, str | Path) else source)]
+    files: list[FileSource] = []
+    for name, each in zip(names, opened.sources if isinstance(opened, StackedSource) else [opened], strict=True):
+        hindrance = _hindrance(each)
+        if hindrance or not isinstance(each, FileSource):
+            raise OpenError(
+                f"what is read in place is a file of plain rows, in C order and this machine's byte order; "
+                f"{name} {hindrance}; make a matrix of it with: pipeline create"
+            )
+        files.append(each)
+    dtype = opened.dtype
+    plain = PlainFiles(
+        stamps=tuple(each.stamp for each in files),
+        offsets=tuple(each.offset for each in files),
+        borders=np.cumsum([0, *(each.shape[0] for each in files)], dtype=np.int64),
+        row_nbytes=math.prod(opened.shape[1:]) * dtype.itemsize,
+    )
+    layout = Layout(
+        reader="direct",
+        chunk_rows=opened.shape[0],
+        shard_rows=None,
+        chunk_checksum=False,
+        byteorder=sys.byteorder,
+        codecs=(),
+        files=plain,
+    )
+    parts = opened.parts if isinstance(opened, StackedSource) else None
+    return Matrix(", ".join(names), opened.shape, dtype, layout, parts, None)
+
+
+def _hindrance(source: Source) -> str | None:
+    """Say why rows cannot be read where they lie; None if they can."""
+    if isinstance(source, Hdf5Source):
+        return "is an HDF5 data set in chunks" if source.data.chunks else "is an HDF5 data set that only h5py can read"
+    if not isinstance(source, FileSource):
+        return "is a Zarr array" if isinstance(source, ZarrSource) else "is no file"
+    if source.fortran and sum(size > 1 for size in source.stored_shape) > 1:
+        return "is in Fortran order"
+    if not source.stored_dtype.isnative:
+        return f"holds {source.stored_dtype.str}"
+    end = source.offset + source.nbytes
+    if source.alone and source.stamp.size != end:
+        return f"has {source.stamp.size} bytes, {source.stamp.size - end} more than its header says"
+    return None
 
 
 def check_numeric(dtype: np.dtype[Any], path: str) -> None:
@@ -174,45 +273,12 @@ def check_numeric(dtype: np.dtype[Any], path: str) -> None:
         )
 
 
-def open_array(path: Path) -> zarr.Array[Any]:
-    """Open the Zarr array in a folder, for reading; the errors of `open_matrix`."""
-    import zarr
-
-    if not os.path.lexists(path):
-        raise NotFoundError(f"a Zarr array is there before it is opened; nothing is at {path}; check the path")
-    if not path.is_dir():
-        raise OpenError(f"a matrix is a Zarr array in a folder; {path} is a file; make one of it with: pipeline create")
-    if not any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
-        raise OpenError(f"a Zarr array has a zarr.json or .zarray; {path} has neither; name a folder that has")
-    try:
-        node = zarr.open(store=path.absolute(), mode="r")
-    except Exception as error:  # zarr raises what its parsers raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise OpenError(f"Zarr metadata are readable; {path}: {reason}; restore them") from error
-    if isinstance(node, zarr.Array):
-        return node
-    names = sorted(name for name, member in node.members(max_depth=None) if isinstance(member, zarr.Array))
-    held = f"with the arrays {', '.join(names[:_LISTED])}" if names else "without arrays"
-    held += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    way_out = f"write {path / names[0]}" if names else "name another folder"
-    raise OpenError(f"a matrix is one Zarr array; {path} is a group {held}; {way_out}")
-
-
 def local_folder(array: zarr.Array[Any]) -> Path | None:
     """Folder that an array lies in; None where its store is not on a local disk."""
     from zarr.storage import LocalStore
 
     store = array.store_path.store
     return Path(store.root, array.path) if isinstance(store, LocalStore) else None
-
-
-def reading_config(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """Let an array decode without an event loop, and raise where a chunk is absent instead of giving the fill value."""
-    import zarr
-
-    # An array takes its codec pipeline from the configuration in force when it is made, and keeps it when pickled.
-    with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
-        return array.with_config({"read_missing_chunks": False})
 
 
 def _parts(array: zarr.Array[Any], path: str) -> NDArray[np.int64] | None:

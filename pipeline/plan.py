@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,10 @@ BLOCK_NBYTES = 64 * MIB
 _LEAST_BLOCK_NBYTES = MIB
 _FEWEST_TASKS = 32
 """As many tasks or more, where blocks do not become too small: what 2 to 16 threads share evenly."""
+_GAP_NBYTES = 8 * 1024
+"""Bytes between two windows that are read with them: less work than a call of its own."""
+_PIECE_NBYTES = 256
+"""Memory that a reader takes for its notes on each part of a window that lies in one chunk."""
 _STRETCH = 2**20
 """Windows whose cost is counted at once: bounds the memory of planning."""
 
@@ -51,7 +55,9 @@ class Cost:
     """Bytes read: of storage where rows are read directly, checksums that are skipped within a window left aside;
     decoded ones where chunks are decoded."""
     amplification: float
-    """Bytes read divided by bytes that were asked for."""
+    """Bytes read divided by bytes that were asked for: less than 1 where windows overlap and each row is read once."""
+    scratch_nbytes: int
+    """Bytes of the largest span of rows that a task reads before it copies its windows; 0: windows are read alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -118,10 +124,14 @@ class Plan:
     @property
     def reading_nbytes(self) -> int:
         """Memory that reading takes beside the windows themselves, a task: the chunks being decoded."""
-        if self.matrix.layout.reader == "direct":
-            return MIB
-        touched = min(self.matrix.rows, self.matrix.chunk_rows + self.length) * self.matrix.row_nbytes
-        return 2 * max(touched, min(READ_NBYTES, self.block_nbytes))
+        layout, length = self.matrix.layout, self.length
+        pieces = self.task_windows * (2 + length // layout.chunk_rows)
+        bookkeeping = MIB + _PIECE_NBYTES * pieces
+        if layout.reader == "direct":
+            return bookkeeping + max(self.chunk.scratch_nbytes, self.request.scratch_nbytes)
+        touched = min(self.matrix.rows, layout.chunk_rows + length) * self.matrix.row_nbytes
+        # Encoded bytes, what the codecs make of them on the way, and the rows.
+        return bookkeeping + 4 * max(touched, min(READ_NBYTES, self.block_nbytes))
 
     def cost(self, order: Order) -> Cost:
         """Cost of one order."""
@@ -243,17 +253,44 @@ def _sort(starts: NDArray[np.int64], rows: int) -> tuple[NDArray[np.int64], NDAr
     return ordered, places
 
 
+def joins(ascending: NDArray[np.int64], length: int, row_nbytes: int) -> NDArray[np.bool_]:
+    """Whether each window (..., k), sorted by start, is so near the one before that reading on costs less than anew."""
+    gap = _GAP_NBYTES // row_nbytes
+    return np.asarray(ascending[..., 1:] - ascending[..., :-1] <= length + gap)
+
+
+def is_dense(joined: NDArray[np.bool_]) -> Any:
+    """Whether a task reads whole spans of rows and copies windows in memory: four or more to a span, on average."""
+    windows = joined.shape[-1] + 1
+    return 4 * (windows - np.count_nonzero(joined, axis=-1)) <= windows
+
+
+def _count_rows(ordered: NDArray[np.int64], length: int, task_windows: int, row_nbytes: int) -> tuple[int, int]:
+    """Count the rows that are read directly, and the most that one task holds besides its windows."""
+    total = most = 0
+    for tasks in _stretches(ordered, task_windows):
+        ascending = np.sort(tasks, axis=1)
+        joined = joins(ascending, length, row_nbytes)
+        spanned = np.where(joined, np.diff(ascending, axis=1), length).sum(axis=1) + length
+        dense = is_dense(joined)
+        total += int(np.where(dense, spanned, tasks.shape[1] * length).sum())
+        most = max(most, int(np.where(dense, spanned, 0).max()))
+    return total, most
+
+
 def _cost(matrix: Matrix, order: Order, ordered: NDArray[np.int64], length: int, task_windows: int) -> Cost:
     layout = matrix.layout
     chunks = count_touched(ordered, length, task_windows, layout.chunk_rows)
     wanted = len(ordered) * length * matrix.row_nbytes
+    scratch = 0
     if layout.reader == "decoded":
         nbytes = chunks * layout.chunk_rows * matrix.row_nbytes
     else:
-        nbytes = wanted
+        rows, most = _count_rows(ordered, length, task_windows, matrix.row_nbytes)
+        nbytes, scratch = rows * matrix.row_nbytes, most * matrix.row_nbytes
         if layout.files is not None and layout.files.index is not None:
             nbytes += count_touched(ordered, length, task_windows, layout.file_rows) * layout.files.index.nbytes
-    return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted)
+    return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted, scratch)
 
 
 def count_touched(ordered: NDArray[np.int64], length: int, task_windows: int, unit_rows: int) -> int:
@@ -265,18 +302,24 @@ def count_touched(ordered: NDArray[np.int64], length: int, task_windows: int, un
         (n,) starts in the order that is cut into tasks of `task_windows` windows.
     """
     total = 0
+    for tasks in _stretches(ordered, task_windows):
+        ascending = np.sort(tasks, axis=1)
+        first = ascending // unit_rows
+        last = (ascending + (length - 1)) // unit_rows
+        # Sorted windows of one length end in order, too: what the one before has touched is not new.
+        total += int((last - first).sum()) + first.size
+        shared = np.minimum(last[:, :-1] - first[:, 1:] + 1, last[:, 1:] - first[:, 1:] + 1)
+        total -= int(np.maximum(shared, 0).sum())
+    return total
+
+
+def _stretches(ordered: NDArray[np.int64], task_windows: int) -> Iterator[NDArray[np.int64]]:
+    """Yield tasks as the rows of (t, task_windows) arrays, the shorter last one alone."""
     stretch = max(1, _STRETCH // task_windows) * task_windows
     for begin in range(0, len(ordered), stretch):
         starts = ordered[begin : begin + stretch]
         whole = len(starts) // task_windows * task_windows
-        for tasks in (starts[:whole].reshape(-1, task_windows), starts[whole:].reshape(1, -1)):
-            if not tasks.size:
-                continue
-            ascending = np.sort(tasks, axis=1)
-            first = ascending // unit_rows
-            last = (ascending + (length - 1)) // unit_rows
-            # Sorted windows of one length end in order, too: what the one before has touched is not new.
-            total += int((last - first).sum()) + first.size
-            shared = np.minimum(last[:, :-1] - first[:, 1:] + 1, last[:, 1:] - first[:, 1:] + 1)
-            total -= int(np.maximum(shared, 0).sum())
-    return total
+        if whole:
+            yield starts[:whole].reshape(-1, task_windows)
+        if whole < len(starts):
+            yield starts[whole:].reshape(1, -1)

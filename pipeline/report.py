@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.tasks import Receipt
 
+_LEAST_SECONDS = 0.2
+"""A shorter run says nothing of what limited it."""
+_IDLE = 0.5
+_WASTE = 2.0
+
 
 @dataclass(slots=True)
 class Watch:
@@ -24,6 +29,7 @@ class Watch:
     nbytes_read: int = 0
     read_seconds: float = 0.0
     """Summed over tasks, as the other seconds: more than the wall clock's where tasks run side by side."""
+    decode_seconds: float = 0.0
     apply_seconds: float = 0.0
     write_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -39,5 +45,48 @@ class Watch:
         self.done_units += receipt.units
         self.nbytes_read += receipt.nbytes_read
         self.read_seconds += receipt.read_seconds
+        self.decode_seconds += receipt.decode_seconds
         self.apply_seconds += receipt.apply_seconds
         self.write_seconds += receipt.write_seconds
+
+
+def name_limit(watch: Watch, *, threads: int, seconds: float, amplification: float) -> tuple[str, str]:
+    """Tell what limited a run, and what would help.
+
+    Parameters
+    ----------
+    threads
+        Tasks that could run at once.
+    seconds
+        Wall clock of the work.
+    amplification
+        Bytes read divided by bytes that were asked for.
+
+    Returns
+    -------
+    tuple of str
+        "storage", "decode", "apply", "write", "Dask" or "unknown"; and a line of advice, empty where there is none.
+    """
+    stages = {
+        "storage": watch.read_seconds,
+        "decode": watch.decode_seconds,
+        "apply": watch.apply_seconds,
+        "write": watch.write_seconds,
+    }
+    busy = sum(stages.values())
+    if seconds < _LEAST_SECONDS or not busy:
+        return "unknown", ""
+    if busy < _IDLE * threads * seconds:
+        return "Dask", "the threads waited for tasks: ask for more windows at once"
+    limit = max(stages, key=lambda stage: stages[stage])
+    if stages[limit] < _IDLE * busy:
+        return "unknown", ""
+    if limit == "storage" and amplification > _WASTE:
+        return limit, "a matrix of shorter chunks, or not compressed, would read less"
+    advice = {
+        "storage": "",
+        "decode": "more threads help where there are cores; a matrix that is not compressed needs no decoding",
+        "apply": "more threads, or processes: true in cluster.yaml where the function holds the GIL",
+        "write": "a faster disk for the output; an array in memory needs none",
+    }
+    return limit, advice[limit]

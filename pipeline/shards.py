@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import DiskSpaceError, InputError, OpenError
 from pipeline.layout import read_layout
-from pipeline.matrix import FUSED_PIPELINE
 from pipeline.plan import BLOCK_NBYTES
+from pipeline.sources import FUSED_PIPELINE
 from pipeline.staging import sync_path
 
 if TYPE_CHECKING:

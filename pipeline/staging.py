@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import json
 import os
 import shutil
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
+
+_AT_FDCWD, _EXCHANGE = -100, 2
+"""Of `renameat2(2)`."""
 
 
 @contextmanager
@@ -35,26 +42,28 @@ def stage_folder(path: Path, *, nbytes: int, overwrite: bool) -> Iterator[Path]:
     Raises
     ------
     OutputExistsError
-        If something is at `path`, or an interrupted run left its remains.
+        If something is at `path`, another run writes it, or an interrupted run left its remains.
     DiskSpaceError
         If the disk has less room.
     """
-    partial = _prepare(path, nbytes, overwrite=overwrite)
-    try:
-        partial.mkdir()
-    except FileExistsError as error:
-        raise OutputExistsError(f"one run writes an output; {partial} appeared; wait for the other run") from error
-    try:
-        yield partial
-        for folder, _, names in os.walk(partial):
-            for name in names:
-                if name.endswith(".json"):
-                    sync_path(Path(folder, name))
-            sync_path(Path(folder))
-        _put_in_place(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    check_destination(path, nbytes=nbytes, overwrite=overwrite)
+    partial = _partial(path)
+    with _appearing(partial):
+        partial.mkdir(exist_ok=overwrite)
+    with _locked(partial):
+        try:
+            for remains in partial.iterdir():
+                _remove(remains)
+            yield partial
+            for folder, _, names in os.walk(partial):
+                for name in names:
+                    if name.endswith(".json"):
+                        sync_path(Path(folder, name))
+                sync_path(Path(folder))
+            _put_in_place(partial, path, overwrite=overwrite)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -64,18 +73,54 @@ def stage_file(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], *, over
     Its blocks are reserved first, since a memory map on a full disk kills the process that writes into it.
     """
     nbytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    partial = _prepare(path, nbytes, overwrite=overwrite)
+    check_destination(path, nbytes=nbytes, overwrite=overwrite, dtype=dtype, shape=shape)
+    partial = _partial(path)
+    with _appearing(partial):
+        partial.touch(exist_ok=overwrite)
+    with _locked(partial):
+        try:
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+            with partial.open("r+b") as file:
+                _reserve(file.fileno(), partial.stat().st_size, partial)
+            yield array
+            array.flush()
+            sync_path(partial)
+            _put_in_place(partial, path, overwrite=overwrite)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[None]:
+    """Turn the system's word that something is at `path` into ours."""
     try:
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        with partial.open("r+b") as file:
-            _reserve(file.fileno(), partial.stat().st_size, partial)
-        yield array
-        array.flush()
-        sync_path(partial)
-        _put_in_place(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise OutputExistsError(f"an output is written once; {path} appeared meanwhile; name another") from error
         raise
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold the operating system's lock on what is being staged: it ends with its holder, and leaves no file behind."""
+    fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(fd), partial.stat())
+        except OSError as error:
+            if not isinstance(error, BlockingIOError | FileNotFoundError):
+                raise
+            same = False
+        if not same:
+            raise OutputExistsError(
+                f"one run writes an output at a time; another writes {partial}; wait, or name another"
+            )
+        yield
+    finally:
+        os.close(fd)
 
 
 def sync_path(path: Path) -> None:
@@ -89,15 +134,27 @@ def sync_path(path: Path) -> None:
 
 def check_apart(path: Path, inputs: Iterable[str | Path]) -> None:
     """Raise OutputExistsError where an output is one of its inputs, lies inside of one, or holds one."""
-    place = path.resolve()
     for each in inputs:
         source = Path(each).resolve()
-        if place == source or source in place.parents or place in source.parents:
+        for place in (path.resolve(), _partial(path).resolve()):
+            if place != source and source not in place.parents and place not in source.parents:
+                continue
             raise OutputExistsError(f"an output lies apart from its input; {path} and {each} do not; name another")
 
 
-def check_destination(path: Path, *, nbytes: int, overwrite: bool) -> None:
-    """Raise unless an output of `nbytes` may go to `path`: nothing is there, or with `overwrite` an output of ours."""
+def check_destination(
+    path: Path,
+    *,
+    nbytes: int,
+    overwrite: bool,
+    dtype: np.dtype[Any] | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """Raise unless an output of `nbytes` may go to `path`: nothing is there, or with `overwrite` an output of ours.
+
+    An `.npy` bears no name: one of the same `dtype` and window shape as the new one (where they are given) counts as
+    ours.
+    """
     if not path.name:
         raise InputError(f"an output has a name; got {str(path)!r}; give one such as windows.zarr")
     if not path.parent.is_dir():
@@ -109,10 +166,12 @@ def check_destination(path: Path, *, nbytes: int, overwrite: bool) -> None:
         if _is_taken(taken) and not overwrite:
             kind = "holds an interrupted run's remains" if taken == partial else "exists"
             raise OutputExistsError(f"an output is written once; {taken} {kind}; name another, or pass --overwrite")
-    if _is_taken(path) and not _is_ours(path):
+    if _is_taken(path) and not _is_ours(path, dtype, shape):
         raise OutputExistsError(
             f"only an output of ours is replaced; {path} is none; name another, or remove it yourself"
         )
+    if _is_taken(partial) and not _is_remains(partial):
+        raise OutputExistsError(f"only our own remains are removed; {partial} is none; name another, or move it")
     free = shutil.disk_usage(path.parent).free
     if nbytes > free:
         raise DiskSpaceError(
@@ -135,29 +194,36 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _prepare(path: Path, nbytes: int, *, overwrite: bool) -> Path:
-    """Check the destination once more, clear what an interrupted run left, and return where to stage."""
-    check_destination(path, nbytes=nbytes, overwrite=overwrite)
-    partial = _partial(path)
-    if partial.is_dir() and not partial.is_symlink():
-        shutil.rmtree(partial)
-    else:
-        partial.unlink(missing_ok=True)
-    return partial
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether `path` is a Zarr that this package wrote, or an `.npy` file; a link is neither."""
+def _is_ours(path: Path, dtype: np.dtype[Any] | None, shape: tuple[int, ...] | None) -> bool:
+    """Whether `path` is a Zarr that this package wrote, or an `.npy` such as it writes; a link is neither."""
     try:
         if path.is_symlink():
             return False
         if path.is_dir():
             metadata = json.loads((path / "zarr.json").read_bytes())
             return ATTRIBUTE in metadata.get("attributes", {})
-        with path.open("rb") as file:
-            return path.suffix == ".npy" and file.read(6) == b"\x93NUMPY"
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, AttributeError, TypeError):
         return False
+    alike = dtype is None or shape is None or (array.dtype == dtype and array.shape[1:] == shape[1:])
+    return path.suffix == ".npy" and alike
+
+
+def _is_remains(partial: Path) -> bool:
+    """Whether `partial` is what an interrupted run of ours left: our Zarr, an `.npy`, or either not begun yet."""
+    if partial.is_symlink():
+        return False
+    if partial.is_dir():
+        return not any(partial.iterdir()) or _is_ours(partial, None, None)
+    with partial.open("rb") as file:
+        return file.read(6) in (b"", b"\x93NUMPY")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _reserve(fd: int, nbytes: int, path: Path) -> None:
@@ -169,13 +235,33 @@ def _reserve(fd: int, nbytes: int, path: Path) -> None:
         raise DiskSpaceError(f"an output fits its disk; {path} of {format_size(nbytes)}: {error.strerror}") from error
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
-    """Rename, with what was there before moved aside until the new one is in its place."""
-    aside = path.with_name(path.name + ".replaced")
-    replaces = os.path.lexists(path)
-    if replaces and path.is_dir():
-        path.rename(aside)
-    partial.rename(path)
+def _put_in_place(partial: Path, path: Path, *, overwrite: bool) -> None:
+    """Rename what is complete; what stood there before, if it may be replaced, is there until the new one is."""
+    if overwrite and _is_taken(path):
+        _exchange(partial, path)
+        sync_path(path.parent)
+        _remove(partial)
+    elif partial.is_dir():
+        with _appearing(path):
+            partial.rename(path)
+    else:
+        # A rename would replace a file that has appeared meanwhile; a link does not.
+        with _appearing(path):
+            path.hardlink_to(partial)
+        partial.unlink()
     sync_path(path.parent)
-    if replaces and aside.is_dir():
-        shutil.rmtree(aside)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Let two names change places at once (Linux), or one after the other where the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and not renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE):
+        return
+    aside = other.with_name(f"{other.name}.{uuid.uuid4().hex[:8]}.replaced")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except BaseException:
+        aside.rename(other)
+        raise
+    aside.rename(one)

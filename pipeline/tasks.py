@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from dask import config as dask_config
-from dask import delayed
+from dask import delayed, local, threaded
 from dask.base import compute, get_scheduler
 
 from pipeline.errors import BudgetError, IncompleteError, InputError, IntegrityError, PipelineError
-from pipeline.matrix import is_numeric
 from pipeline.memory import budget, held_nbytes
 from pipeline.readers import choose_reader
 from pipeline.sizes import MIB, format_size
+from pipeline.sources import is_numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -59,7 +60,8 @@ class Receipt:
     """Windows, or rows of a matrix that is being created."""
     nbytes_read: int
     read_seconds: float
-    apply_seconds: float
+    decode_seconds: float = 0.0
+    apply_seconds: float = 0.0
     write_seconds: float = 0.0
 
 
@@ -77,7 +79,7 @@ class Work:
 
 def prepare_work(plan: Plan, apply: Apply | None) -> Work:
     """Gather what tasks share; `apply` is probed on the first window, so that its result's shape is known."""
-    reader = choose_reader(plan.matrix)
+    reader = choose_reader(plan.matrix, row=int(plan.starts[0]))
     result = BlockShape(plan.window_shape, plan.matrix.dtype)
     work = Work(reader, plan.length, plan.window_shape, plan.matrix.dtype, None, result)
     if apply is None:
@@ -101,13 +103,16 @@ def call_apply(apply: Apply, block: NDArray[Any], start: int) -> NDArray[Any]:
     view = block.view()
     view.flags.writeable = False
     try:
-        made = np.asarray(apply(view))
+        returned = apply(view)
+        made = np.asarray(returned)
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:300]
         raise IntegrityError(
             f"apply takes any block; on {len(block)} windows, the first at row {start}, it raised "
             f"{type(error).__name__}: {reason}; mend it"
         ) from error
+    if isinstance(returned, np.ma.MaskedArray):
+        raise IntegrityError(f"apply returns plain arrays; windows from row {start} gave a masked one; fill it")
     if made.ndim < 1 or len(made) != len(block):
         raise IntegrityError(
             f"apply returns one entry a window; for a block of {len(block)} windows, the first at row {start}, it gave "
@@ -120,10 +125,11 @@ def read_windows(work: Work, task: Task, out: NDArray[Any], places: NDArray[np.i
     """Read a task's windows as they are, each into `out[places[i]]`."""
     begin = time.perf_counter()
     try:
-        nbytes_read = work.reader.read_windows(task.starts, work.length, out, places)
+        reading = work.reader.read_windows(task.starts, work.length, out, places)
     except PipelineError as error:
         raise _name_task(error, task) from error.__cause__
-    return Receipt(task.number, len(places), nbytes_read, time.perf_counter() - begin, 0.0)
+    seconds = time.perf_counter() - begin
+    return Receipt(task.number, len(places), reading.nbytes, seconds - reading.decode_seconds, reading.decode_seconds)
 
 
 def make_block(work: Work, task: Task) -> tuple[NDArray[Any], Receipt]:
@@ -135,7 +141,8 @@ def make_block(work: Work, task: Task) -> tuple[NDArray[Any], Receipt]:
     begin = time.perf_counter()
     try:
         made = call_apply(work.apply, block, int(task.starts[0]))
-        if made.shape[1:] != work.result.shape or not np.can_cast(made.dtype, work.result.dtype, "same_kind"):
+        # Only a cast that keeps every value: the first window's dtype is that of the whole result.
+        if made.shape[1:] != work.result.shape or not np.can_cast(made.dtype, work.result.dtype, "safe"):
             raise IntegrityError(
                 f"apply returns the same shape and dtype for every block; the first window gave {work.result.shape} "
                 f"{work.result.dtype}, windows from row {task.starts[0]} {made.shape[1:]} {made.dtype}; mend it"
@@ -209,22 +216,29 @@ def active_client() -> Any:
     """Return the active `distributed.Client`, or None where tasks run on a scheduler of Dask's own."""
     if "distributed" not in sys.modules:
         return None
-    from distributed import Client
+    from distributed import Client, get_worker
 
+    with suppress(ValueError):
+        # Inside of a task the cluster's threads may all be waiting, this one among them: use Dask's own scheduler.
+        get_worker()
+        return None
     if dask_config.get("scheduler", None) not in (None, "dask.distributed", "distributed"):
         return None
     try:
-        return Client.current()
+        client = Client.current()
     except ValueError:
         return None
+    if client.asynchronous:
+        raise InputError("tasks run on a synchronous client; got an asynchronous one; call this from a plain thread")
+    return client
 
 
 def shares_memory(client: Any) -> bool:
     """Whether tasks run in this process, so that they can write straight into an array of it."""
     if client is None:
-        chosen = get_scheduler()
-        return chosen is None or "multiprocessing" not in getattr(chosen, "__module__", "")
-    return all(address.startswith("inproc://") for address in client.scheduler_info(n_workers=-1)["workers"])
+        return get_scheduler() in (None, threaded.get, local.get_sync)
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    return bool(addresses) and all(address.startswith("inproc://") for address in addresses)
 
 
 def count_threads(client: Any) -> int:
@@ -298,23 +312,34 @@ _closed: set[str] = set()
 _registry = threading.Condition()
 
 
+def _forget_runs() -> None:
+    """Start anew in a child that was forked, perhaps while another thread held the lock."""
+    global _registry  # noqa: PLW0603 (a lock cannot be cleared)
+    _registry = threading.Condition()
+    _writers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_runs)
+
+
 @contextmanager
 def open_run() -> Iterator[str]:
-    """Yield the id of a run; when its block raises, wait for tasks that still write, on every worker, and bar others.
+    """Yield the id of a run; when its block ends, wait for tasks that still write, on every worker, and bar others.
 
-    A task that runs cannot be stopped: without this it would write into what is being removed.
+    A task that runs cannot be stopped, and Dask runs one again whose worker is lost: without this it would write into
+    what is being removed, or is complete.
     """
     run = uuid.uuid4().hex
     try:
         yield run
-    except BaseException:
+    finally:
         client = active_client()
         if client is not None and not shares_memory(client):
-            # The failure that brought us here counts, not that of the workers, which may be gone.
+            # A failure that brought us here counts, not that of the workers, which may be gone.
             with suppress(Exception):
                 client.sync(client._run, close_run, run, on_error="ignore", callback_timeout=_CLOSE_SECONDS)  # noqa: SLF001 (`Client.run` has no timeout)
         close_run(run)
-        raise
 
 
 def close_run(run: str) -> None:
@@ -322,6 +347,7 @@ def close_run(run: str) -> None:
     with _registry:
         _closed.add(run)
         _registry.wait_for(lambda: not _writers[run])
+        del _writers[run]
 
 
 @contextmanager
@@ -392,6 +418,6 @@ def run_tasks(tasks: list[Delayed], *, at_once: int, results_travel: bool = Fals
         reason = " ".join(str(error).split())[:300]
         raise IncompleteError(f"every task is done; one is not: {reason}; look at the workers' logs") from error
     finally:
-        unfinished = [future for future in held if not future.done()]
-        if unfinished:
-            client.cancel(unfinished, force=True)
+        # Finished ones, too: a task whose worker is lost from now on must not run again.
+        if held:
+            client.cancel(list(held), force=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
@@ -65,6 +66,17 @@ def _sharded(shard: int, chunk: int, codecs: list[Any], **settings: Any) -> Call
     return write
 
 
+def _npy(path: Path, a: NDArray[Any]) -> None:
+    with path.open("wb") as file:
+        np.save(file, a)
+
+
+def _hdf5(path: Path, a: NDArray[Any]) -> None:
+    with h5py.File(path, "w") as file:
+        file["scalar"] = 3
+        file["group/test"] = a
+
+
 LAYOUTS: dict[str, tuple[str, Callable[[Path, NDArray[Any]], None]]] = {
     # name: (the reader that must serve it, how it is written); 211 rows fill no file to its end.
     "default": ("direct", _ours()),
@@ -91,4 +103,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path, NDArray[Any]], None]]] = {
     "v2-slash": ("direct", _zarr(chunks=(10, 0, 0), compressors=None, zarr_format=2, chunk_key_encoding={"name": "v2", "separator": "/"})),
     "v2-fortran": ("decoded", _zarr(chunks=(10, 0, 0), compressors=None, zarr_format=2, order="F")),
     "v2-zstd": ("decoded", _zarr(chunks=(10, 0, 0), zarr_format=2)),
+    # Read in place: known by how the files begin, whatever their names.
+    "npy": ("direct", _npy),
+    "hdf5": ("direct", _hdf5),
 }  # fmt: skip

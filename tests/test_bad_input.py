@@ -255,7 +255,6 @@ MATRICES = [
     ("absent/deep/A.zarr", 3, ["absent/deep/A.zarr", "check the path"]),
     ("s3://bucket/A.zarr", 3, ["bucket/A.zarr"]),
     (f"{LONG}.zarr", 3, [LONG]),
-    ("A.npy", 3, ["A.npy", "pipeline create"]),
     ("pipe", 3, ["pipe"]),
     ("G.zarr", 3, ["G.zarr is a group", "inner"]),
     ("plain.zarr", 3, ["plain.zarr", "zarr.json", "name a folder"]),

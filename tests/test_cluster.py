@@ -391,3 +391,12 @@ def test_file_that_cannot_be_read(tmp_path):
 def test_unknown_override():
     with pytest.raises(InputError, match="mean 'n_workers'"), connect(n_worker=2):
         pass
+
+
+def test_a_scheduler_without_workers_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(module, "_WORKER_SECONDS", 0.3)
+    empty = distributed.LocalCluster(
+        n_workers=0, processes=False, dashboard_address="127.0.0.1:0", protocol="tcp", host="127.0.0.1"
+    )
+    with empty, pytest.raises(OpenError, match="a worker within"), connect(scheduler_address=empty.scheduler_address):
+        pass

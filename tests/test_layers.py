@@ -15,19 +15,24 @@ import pytest
 import pipeline
 
 PACKAGE = Path(pipeline.__file__).parent
-SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"} | {"bench": PACKAGE / "bench"}
+"""A file, or the folder of a package, by its name."""
 
 LAYERS = [
     "__main__",
     "cli",
+    "bench",
     "demo progress",
     "collect writeback create",
     "report shards",
     "tasks",
     "readers staging",
-    "plan sources",
-    "matrix starts cluster hdf5",
-    "layout memory files",
+    "decoding",
+    "plan",
+    "matrix starts cluster",
+    "sources",
+    "layout hdf5",
+    "memory files preads",
     "errors sizes",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
@@ -36,16 +41,18 @@ OUTSIDE = {
     "bokeh": "",
     "click": "cli",
     "cloudpickle": "cli",
-    "dask": "cluster tasks",
+    "dask": "bench cluster tasks",
     "distributed": "cluster tasks",
     "google_crc32c": "layout",
-    "h5py": "hdf5",
-    "matplotlib": "",
+    "h5py": "bench hdf5",
+    "matplotlib": "bench",
     "msgspec": "cluster",
-    "numcodecs": "hdf5",
+    "numcodecs": "bench hdf5",
+    "tensorstore": "bench",
+    "torch": "bench",
     "tqdm": "progress",
     "yaml": "cluster",
-    "zarr": "create layout matrix readers shards sources writeback",
+    "zarr": "bench create decoding layout matrix readers shards sources writeback",
 }
 """Modules that may import what is heavy or has a home of its own; NumPy and the standard library are for all."""
 
@@ -55,7 +62,8 @@ HEAVY = ["dask", "distributed", "h5py", "numpy", "tqdm", "yaml", "zarr"]
 def imports(path: Path) -> set[str]:
     """Every module that a file imports anywhere, as a dotted name; `from package import name` gives `package.name`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -68,7 +76,7 @@ def inner_imports(name: str) -> set[str]:
     """Names of the modules of the package that one of them imports."""
     dotted = [module.split(".") for module in imports(SOURCES[name])]
     assert ["pipeline"] not in dotted, f"{name}: the list of public names is for users"
-    return {parts[1] for parts in dotted if parts[0] == "pipeline"}
+    return {parts[1] for parts in dotted if parts[0] == "pipeline"} - {name}
 
 
 def test_every_module_has_its_layer():

@@ -150,3 +150,25 @@ def test_a_plan_travels(tmp_path):
     matrix = pipeline.create_matrix(tmp_path / "A.npy", tmp_path / "A.zarr")
     plan = pipeline.plan_windows(matrix, [3, 1], length=2)
     assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@given(st.data())
+def test_rows_read_are_counted_as_by_hand(data):
+    rows = data.draw(st.integers(1, 300))
+    length = data.draw(st.integers(1, rows))
+    starts = data.draw(st.lists(st.integers(0, rows - length), min_size=1, max_size=60))
+    task, gap = data.draw(st.integers(1, 70)), data.draw(st.integers(0, 5))
+    expected = 0
+    for first in range(0, len(starts), task):
+        ordered = sorted(starts[first : first + task])
+        spans = [[start, start + length] for start in ordered[:1]]
+        for start in ordered[1:]:
+            if start <= spans[-1][1] + gap:
+                spans[-1][1] = start + length
+            else:
+                spans.append([start, start + length])
+        dense = 4 * len(spans) <= len(ordered)
+        expected += sum(stop - start for start, stop in spans) if dense else length * len(ordered)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_GAP_NBYTES", gap * 8)
+        assert plan_module._count_rows(np.array(starts), length, task, 8)[0] == expected

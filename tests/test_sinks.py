@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import threading
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import dask
 import distributed
@@ -14,9 +18,10 @@ import xarray
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec
 
 import pipeline
-from pipeline import readers
+from pipeline import decoding, readers, staging
 from pipeline.tasks import open_run, writing
 from tests.layouts import LAYOUTS, ROWS, distinct, stack
 
@@ -75,6 +80,15 @@ def test_the_layout_chooses_the_reader(matrices):
     assert chosen == {name: reader for name, (reader, _) in LAYOUTS.items()}
 
 
+@pytest.fixture(params=["spans", "windows"])
+def density(request, monkeypatch):
+    """Rows so short make every request a dense one: the other way of reading has its turn, too."""
+    if request.param == "windows":
+        for module in ("plan", "readers"):
+            monkeypatch.setattr(f"pipeline.{module}.is_dense", lambda joined: np.zeros(joined.shape[:-1], bool))
+
+
+@pytest.mark.usefixtures("density")
 def test_gather_of_every_layout(matrix):
     plan = pipeline.plan_windows(matrix, STARTS, length=LENGTH)
     with dask.config.set(scheduler="synchronous"):
@@ -152,10 +166,12 @@ def test_any_request_of_any_layout(matrices, data):
     length = data.draw(st.integers(1, ROWS) | st.sampled_from([1, 4, 16, 24, 32, ROWS]))
     starts = data.draw(st.lists(st.integers(0, ROWS - length), min_size=1, max_size=40))
     dtype = data.draw(st.sampled_from(["u1", "i2", "i8", "u8"]))
+    gap = data.draw(st.sampled_from([0, 240, 8192]))
     plan = pipeline.plan_windows(
         pipeline.open_matrix(matrices / f"{name}.zarr"), np.array(starts).astype(dtype), length=length
     )
-    with dask.config.set(scheduler="synchronous"):
+    with dask.config.set(scheduler="synchronous"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.plan._GAP_NBYTES", gap)
         windows = pipeline.gather(plan)
     np.testing.assert_array_equal(windows, stack(distinct(), starts, length), strict=True)
 
@@ -207,19 +223,45 @@ def test_an_inner_chunk_that_a_shard_lacks_is_no_fill_value(name, tmp_path):
         pipeline.gather(pipeline.plan_windows(matrix, [43], length=16))
 
 
+def test_chunks_are_decoded_alone_where_they_can_be(matrices):
+    readers_of = {}
+    for name, (kind, _) in LAYOUTS.items():
+        if kind == "decoded":
+            reader = readers.choose_reader(pipeline.open_matrix(matrices / f"{name}.zarr"), row=3)
+            readers_of[name] = type(reader).__name__
+    through_array = {"columns", "columns-shards", "v2-fortran", "zarr-shard-zstd-index"}
+    assert {name for name, kind in readers_of.items() if kind == "ArrayReader"} == through_array
+
+
+def test_a_decoder_that_does_not_agree_with_zarr_is_not_used(matrices, monkeypatch):
+    """As if another release of zarr decoded a chunk in another way when it is asked for it alone."""
+    real = decoding.chunk_decoder
+    monkeypatch.setattr(decoding, "chunk_decoder", lambda array: lambda encoded: real(array)(encoded)[::-1])
+    matrix = pipeline.open_matrix(matrices / "zstd.zarr")
+    plan = pipeline.plan_windows(matrix, STARTS, length=LENGTH)
+    np.testing.assert_array_equal(pipeline.gather(plan), stack(distinct(), STARTS, LENGTH))
+
+
+@pytest.mark.usefixtures("density")
 def test_bytes_read_are_those_planned(matrix):
     plan = pipeline.plan_windows(matrix, STARTS, length=LENGTH)
-    reader = readers.choose_reader(matrix)
+    reader = readers.choose_reader(matrix, row=0)
     out = np.empty((len(STARTS), *plan.window_shape))
-    read = reader.read_windows(plan.starts, LENGTH, out, np.arange(len(STARTS)))
+    read = reader.read_windows(plan.starts, LENGTH, out, np.arange(len(STARTS))).nbytes
     assert plan.chunk.tasks == 1
     skipped = 4 * (plan.chunk.chunks - 1) if matrix.layout.chunk_checksum and matrix.layout.reader == "direct" else 0
     assert plan.chunk.nbytes_read <= read <= plan.chunk.nbytes_read + len(STARTS) * skipped
     assert skipped or read == plan.chunk.nbytes_read
 
 
+def test_rows_that_windows_share_are_read_once(matrices):
+    plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "zarr-plain.zarr"), [*range(50, 90)], length=LENGTH)
+    assert plan.chunk.nbytes_read == (39 + LENGTH) * 120
+    assert plan.chunk.amplification < 0.2
+
+
 def test_direct_reading_reads_nothing_beside_the_windows(matrices):
-    plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "zarr-plain.zarr"), STARTS, length=LENGTH)
+    plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "zarr-plain.zarr"), [3, 100, 190], length=LENGTH)
     assert plan.chunk.nbytes_read == plan.nbytes
     assert plan.chunk.amplification == 1.0
 
@@ -234,6 +276,7 @@ def test_planning_reads_no_data(matrices, monkeypatch):
 
 
 def test_short_reads_are_continued(matrices, monkeypatch):
+    monkeypatch.setattr("pipeline.readers.is_dense", lambda joined: False)
     real = os.preadv
     calls = []
 
@@ -249,6 +292,7 @@ def test_short_reads_are_continued(matrices, monkeypatch):
 
 
 def test_many_files_are_open_at_once_only_within_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.readers.is_dense", lambda joined: False)
     a = distinct(300, (2,))
     np.save(tmp_path / "A.npy", a)
     matrix = pipeline.create_matrix(tmp_path / "A.npy", tmp_path / "A.zarr", shard_rows=0, chunk_rows=1)
@@ -374,10 +418,10 @@ class TestOut:
 
     def test_an_existing_npy_is_kept_unless_overwritten(self, plan, tmp_path):
         path = tmp_path / "w.npy"
-        np.save(path, np.arange(3))
+        np.save(path, before := distinct(9, (16, 5, 3)))
         with pytest.raises(pipeline.OutputExistsError):
             pipeline.gather(plan, out=path)
-        np.testing.assert_array_equal(np.load(path), np.arange(3))
+        np.testing.assert_array_equal(np.load(path), before)
         pipeline.gather(plan, out=path, overwrite=True)
         np.testing.assert_array_equal(np.load(path), stack(distinct(), STARTS, LENGTH))
 
@@ -476,3 +520,127 @@ def test_tasks_of_a_failed_run_are_cancelled(matrices, cut_small):
     with pipeline.connect(threads_per_worker=1, dashboard_address=None), pytest.raises(pipeline.IntegrityError):
         pipeline.gather(plan, apply=apply)
     assert len(calls) < 7
+
+
+class TestRunsThatGoWrong:
+    """What was once seen to give wrong values, or to lose what was there."""
+
+    def test_forked_workers_do_not_write_into_their_copy(self, matrices):
+        plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), STARTS, length=LENGTH)
+        context = multiprocessing.get_context("fork")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads, which is the point
+            with ProcessPoolExecutor(2, mp_context=context) as pool, dask.config.set(scheduler=pool):
+                windows = pipeline.gather(plan)
+        np.testing.assert_array_equal(windows, stack(distinct(), STARTS, LENGTH))
+
+    @pytest.mark.usefixtures("cut_small")
+    @pytest.mark.parametrize("later", [np.int64, np.float32])
+    def test_a_later_block_is_never_narrowed(self, matrices, later):
+        plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), STARTS, length=LENGTH)
+
+        def apply(block):
+            made = block[:, 0, 0, 0]
+            return made.astype(later) if made[0] > 100 else made.astype(np.int8)
+
+        with pytest.raises(pipeline.IntegrityError, match="same shape and dtype"):
+            pipeline.gather(plan, apply=apply)
+
+    def test_a_masked_result_is_refused(self, matrices):
+        plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), STARTS, length=LENGTH)
+        with pytest.raises(pipeline.IntegrityError, match="masked"):
+            pipeline.gather(plan, apply=lambda block: np.ma.masked_greater(block, 10))
+
+    def test_the_remains_of_others_and_inputs_are_not_removed(self, matrices, tmp_path):
+        plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), STARTS, length=LENGTH)
+        (tmp_path / "w.zarr.partial").mkdir()
+        (tmp_path / "w.zarr.partial" / "thesis.txt").write_text("mine")
+        with pytest.raises(pipeline.OutputExistsError, match="remains"):
+            pipeline.store(plan, tmp_path / "w.zarr", overwrite=True)
+        assert (tmp_path / "w.zarr.partial" / "thesis.txt").read_text() == "mine"
+        _, write = LAYOUTS["shards"]
+        write(tmp_path / "C.zarr", distinct())
+        (tmp_path / "C.zarr").rename(tmp_path / "B.zarr.partial")
+        plan = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "B.zarr.partial"), STARTS, length=LENGTH)
+        with pytest.raises(pipeline.OutputExistsError, match="apart"):
+            pipeline.store(plan, tmp_path / "B.zarr", overwrite=True)
+        np.testing.assert_array_equal(pipeline.gather(plan), stack(distinct(), STARTS, LENGTH))
+
+    def test_an_npy_of_another_kind_is_not_replaced(self, matrices, tmp_path):
+        plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), STARTS, length=LENGTH)
+        np.save(tmp_path / "w.npy", np.arange(3))
+        with pytest.raises(pipeline.OutputExistsError, match="none"):
+            pipeline.gather(plan, out=tmp_path / "w.npy", overwrite=True)
+        np.testing.assert_array_equal(np.load(tmp_path / "w.npy"), np.arange(3))
+
+    def test_a_lock_keeps_the_second_run_out(self, tmp_path):
+        with (
+            staging.stage_folder(tmp_path / "w.zarr", nbytes=0, overwrite=True) as partial,
+            pytest.raises(pipeline.OutputExistsError, match="another writes"),
+            staging.stage_folder(tmp_path / "w.zarr", nbytes=0, overwrite=True),
+        ):
+            pass
+        assert not partial.exists()
+        with staging.stage_file(tmp_path / "w.npy", np.dtype("f8"), (3,), overwrite=True) as array:
+            with (
+                pytest.raises(pipeline.OutputExistsError, match="another writes"),
+                staging.stage_file(tmp_path / "w.npy", np.dtype("f8"), (3,), overwrite=True),
+            ):
+                pass
+            array[:] = 7
+        assert np.load(tmp_path / "w.npy").tolist() == [7, 7, 7]
+
+    def test_what_appears_during_the_run_is_kept(self, tmp_path):
+        def write_npy():
+            with staging.stage_file(tmp_path / "w.npy", np.dtype("f8"), (3,), overwrite=False):
+                np.save(tmp_path / "w.npy", np.arange(5))
+
+        def write_zarr():
+            with staging.stage_folder(tmp_path / "w.zarr", nbytes=0, overwrite=False):
+                (tmp_path / "w.zarr").mkdir()
+                (tmp_path / "w.zarr" / "thesis.txt").write_text("mine")
+
+        for write in (write_npy, write_zarr):
+            with pytest.raises(pipeline.OutputExistsError, match="meanwhile"):
+                write()
+        assert np.load(tmp_path / "w.npy").tolist() == [0, 1, 2, 3, 4]
+        assert (tmp_path / "w.zarr" / "thesis.txt").read_text() == "mine"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["w.npy", "w.zarr"]
+
+    @pytest.mark.parametrize("codecs", ["memory", "gzip-around", "big-endian-index", "nested"])
+    def test_inner_chunks_that_any_shard_lacks(self, codecs, tmp_path):
+        a = distinct(96, (4,))
+        a[8:16] = 0
+        inner: list[Any] = [BytesCodec(), GzipCodec()]
+        index: list[Any] = [BytesCodec(endian="big" if codecs == "big-endian-index" else "little"), Crc32cCodec()]
+        if codecs == "nested":
+            inner = [ShardingCodec(chunk_shape=(4, 4), codecs=[BytesCodec()])]
+        serializer = ShardingCodec(chunk_shape=(8, 4), codecs=inner, index_codecs=index)
+        store = {} if codecs == "memory" else str(tmp_path / "A.zarr")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr warns of codecs around shards
+            array = zarr.create_array(
+                store, shape=a.shape, dtype=a.dtype, chunks=(32, 4), serializer=serializer, filters=None,
+                compressors=GzipCodec() if codecs == "gzip-around" else None,
+            )  # fmt: skip
+            array[:] = a
+            matrix = pipeline.open_matrix(array)
+            starts = [32, 60] if codecs == "gzip-around" else [16, 60]  # such a shard is read whole
+            windows = pipeline.gather(pipeline.plan_windows(matrix, starts, length=16))
+            np.testing.assert_array_equal(windows, stack(a, starts, 16))
+            with pytest.raises(pipeline.IntegrityError):
+                pipeline.gather(pipeline.plan_windows(matrix, [0], length=16))
+            with pytest.raises(pipeline.IntegrityError):
+                pipeline.create_matrix(array, tmp_path / "B.zarr")
+
+    def test_gather_inside_a_task_does_not_wait_for_its_own_thread(self, matrices):
+        plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), STARTS, length=LENGTH)
+        with pipeline.connect(threads_per_worker=1, dashboard_address=None) as client:
+            windows = client.submit(pipeline.gather, plan).result(timeout=20)
+        np.testing.assert_array_equal(windows, stack(distinct(), STARTS, LENGTH))
+
+    def test_chunks_of_several_sizes_are_refused_in_words(self, tmp_path):
+        with zarr.config.set({"array.rectilinear_chunks": True}):
+            array = zarr.create_array(str(tmp_path / "R.zarr"), shape=(10, 2), chunks=([4, 6], [2]), dtype="f8")
+            with pytest.raises(pipeline.InputError, match="one size"):
+                pipeline.open_matrix(array)

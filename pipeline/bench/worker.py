@@ -1,0 +1,100 @@
+"""One contender, once, in a process of its own: `python -m pipeline.bench.worker` with an order on standard input."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.bench.lineup import Contender, contender
+from pipeline.bench.pages import cached_share, drop_files, warm_files
+from pipeline.bench.scenarios import Job, Scenario
+from pipeline.memory import PeakMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def main() -> None:
+    """Take an order, and print one JSON object: `state`, and what belongs to it."""
+    order = json.loads(sys.stdin.read())
+    scenario = Scenario(**order["scenario"] | {"dtype": np.dtype(order["scenario"]["dtype"])})
+    made = scenario.job(Path(order["folder"]))
+    job = Job(scenario, made.hdf5, made.zarr, made.matrix, order["cluster"])
+    _tell(run_once(contender(order["contender"]), job, cold=order["cold"], limit=order["limit"], over=_give_up))
+
+
+def run_once(who: Contender, job: Job, *, cold: bool, limit: float, over: Callable[[], None]) -> dict[str, Any]:
+    """Read the windows once, time it, and check every value.
+
+    Parameters
+    ----------
+    who, job
+        Who reads what.
+    cold
+        Whether the pages of the files are dropped before; else they are read once before.
+    limit
+        Seconds after which `over` is called, on another thread.
+
+    Returns
+    -------
+    dict
+        `state` ("timed" or "wrong"), `seconds` where timed, `peak_memory` in bytes, `cached`: part of the files in
+        memory when the clock started.
+    """
+    for name in who.needs:
+        importlib.import_module(name)
+    module: Any = importlib.import_module(f"pipeline.bench.contenders.{who.key}")
+    starts = job.scenario.starts()
+    paths = files_of(who, job)
+    with getattr(module, "session", nullcontext)(job):
+        # Much is imported, compiled or started at the first use: one window, alike for all, before the clock.
+        module.read(job, starts[:1])
+        # A virtual machine gets its memory at the first touch, which can cost seconds: touch what the result and one
+        # copy of it take, alike for all. Pages come zeroed by the kernel within the clock, for all, too.
+        np.ones(2 * job.scenario.result_nbytes, np.uint8)
+        (drop_files if cold else warm_files)(paths)
+        cached = cached_share(paths)
+        timer = threading.Timer(limit, over)
+        timer.daemon = True
+        with PeakMemory() as peak:
+            timer.start()
+            begin = time.perf_counter()
+            windows = module.read(job, starts)
+            seconds = time.perf_counter() - begin
+            timer.cancel()
+    facts = {"peak_memory": peak.nbytes, "cached": cached}
+    if (who.kind != "limit" or who.key == "limit_storage") and not job.scenario.is_right(windows, starts):
+        return {"state": "wrong"} | facts
+    return {"state": "timed", "seconds": seconds} | facts
+
+
+def files_of(who: Contender, job: Job) -> list[Path]:
+    """List the files that a contender reads."""
+    root = {"hdf5": job.hdf5, "zarr": job.zarr, "matrix": job.matrix, "either": job.hdf5 or job.zarr, "nothing": None}
+    chosen = root[who.reads]
+    if chosen is None:
+        return []
+    return [chosen] if chosen.is_file() else sorted(path for path in chosen.rglob("*") if path.is_file())
+
+
+def _tell(result: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+
+
+def _give_up() -> None:
+    _tell({"state": "over"})
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The bench: every contender gives the windows, what is wrong is not timed, what is absent is named."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import zarr
+
+from pipeline.bench import lineup, pages, rounds, scenarios, worker
+from pipeline.errors import BudgetError, InputError
+
+TINY = {
+    scenario.name: scenario
+    for scenario in (
+        replace(scenarios.SCENARIOS["seed"][0], rows=3000, columns=40, count=60, chunk_rows=4, shard_rows=512),
+        replace(scenarios.SCENARIOS["small"][0], rows=4000, count=300, chunk_rows=64, shard_rows=1024),
+        replace(scenarios.SCENARIOS["compressed"][0], rows=2000, columns=50, count=60),
+        replace(scenarios.SCENARIOS["compressed"][1], rows=9000, columns=20, count=60),
+    )
+}
+LINEUP = {each.key: each for each in lineup.LINEUP}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    return {name: scenario.make_files(folder, lambda _: None) for name, scenario in TINY.items()}
+
+
+def never():
+    raise AssertionError("over the limit")
+
+
+def counted(scenario):
+    """Values as plain Python counts them."""
+    numbers = np.array([[r * scenario.columns + c + 1 for c in range(scenario.columns)] for r in range(scenario.rows)])
+    return numbers.astype("f8") if scenario.name == "seed" else numbers.astype("u4").view("f4")
+
+
+@pytest.mark.parametrize("name", ["seed", "small"])
+def test_files_hold_values_that_all_differ(jobs, name):
+    job = jobs[name]
+    with h5py.File(job.hdf5) as file:
+        dataset = file["A"]
+        assert dataset.chunks is None
+        values = dataset[:]
+    assert values.tobytes() == counted(job.scenario).tobytes()
+    assert len(np.unique(values.view(f"u{values.itemsize}"))) == values.size
+    for path in (job.zarr, job.matrix):
+        assert zarr.open_array(path, mode="r")[:].tobytes() == values.tobytes()
+    assert np.asarray(job.memmap()).tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("name", ["compressed-chunks", "compressed-shards"])
+def test_compressed_values_are_exact_and_rows_differ(jobs, name):
+    job = jobs[name]
+    array = zarr.open_array(job.zarr, mode="r")
+    values = array[:]
+    assert values.dtype == np.float32
+    assert (values == np.round(values)).all()
+    assert values.max() < 2**24
+    assert len(np.unique(values, axis=0)) == job.scenario.rows
+    stored = sum(path.stat().st_size for path in job.zarr.rglob("*") if path.is_file())
+    assert 1.5 < values.nbytes / stored < 6
+    assert job.matrix == job.zarr
+    assert job.hdf5 is None
+    assert (array.chunks[0], array.shards) == ((256, None) if "chunks" in name else (32, (8192, 20)))
+
+
+@pytest.mark.parametrize(("name", "key"), list(itertools.product(TINY, LINEUP)))
+def test_every_contender_gives_every_window(jobs, name, key, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    job, who = jobs[name], LINEUP[key]
+    if reason := who.why_not(compressed=job.scenario.compressed):
+        pytest.skip(reason)
+    result = worker.run_once(who, job, cold=False, limit=60, over=never)
+    assert result["state"] == "timed"
+    assert result["seconds"] > 0
+    assert result["cached"] == (1.0 if who.reads != "nothing" else 0.0)
+    if who.kind != "limit":
+        # Once more against an oracle that shares nothing with the bench.
+        rows = zarr.open_array(job.zarr, mode="r")[:]
+        starts = job.scenario.starts()
+        module = importlib.import_module(f"pipeline.bench.contenders.{key}")
+        expected = np.stack([rows[start : start + 16] for start in starts])
+        assert module.read(job, starts).tobytes() == expected.tobytes()
+
+
+def test_cold_reads_are_right(jobs):
+    result = worker.run_once(LINEUP["h5py_read_direct"], jobs["seed"], cold=True, limit=60, over=never)
+    assert result["state"] == "timed"
+    assert 0 <= result["cached"] <= 1
+
+
+def test_drop_and_warm(tmp_path):
+    path, empty = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(bytes(10_000_000))
+    empty.touch()
+    pages.drop_files([path, empty])
+    pages.warm_files([path, empty])
+    assert pages.cached_share([path, empty]) == 1.0
+    assert pages.cached_share([]) == pages.cached_share([empty]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda windows: windows[::-1],
+        lambda windows: windows[:-1],
+        lambda windows: windows.astype("f4"),
+        lambda windows: np.where(np.arange(windows.size).reshape(windows.shape) == windows.size - 1, 0, windows),
+        lambda windows: np.roll(windows, 1, axis=1),
+    ],
+)
+def test_wrong_values_are_not_timed(jobs, monkeypatch, spoil):
+    module = importlib.import_module("pipeline.bench.contenders.memmap_loop")
+    right = module.read
+    monkeypatch.setattr(module, "read", lambda job, starts: spoil(right(job, starts)))
+    result = worker.run_once(LINEUP["memmap_loop"], jobs["seed"], cold=False, limit=60, over=never)
+    assert result["state"] == "wrong"
+    assert "seconds" not in result
+
+
+def test_what_takes_too_long_is_stopped(jobs, monkeypatch):
+    module = importlib.import_module("pipeline.bench.contenders.memmap_loop")
+    right, stopped = module.read, threading.Event()
+
+    def slow(job, starts):
+        if len(starts) > 1:
+            assert stopped.wait(60)
+        return right(job, starts)
+
+    monkeypatch.setattr(module, "read", slow)
+    worker.run_once(LINEUP["memmap_loop"], jobs["seed"], cold=False, limit=0.05, over=stopped.set)
+    assert stopped.is_set()
+
+
+def test_worker_process_says_one_json_object(jobs, tmp_path):
+    scenario = TINY["seed"]
+    order = {
+        "scenario": asdict(scenario) | {"dtype": "<f8"},
+        "folder": str(jobs["seed"].zarr.parent),
+        "contender": "ours_cluster",
+        "cold": False,
+        "limit": 60,
+        "cluster": None,
+    }
+    command = [sys.executable, "-P", "-m", "pipeline.bench.worker"]
+    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout).keys() == {"state", "seconds", "peak_memory", "cached"}
+
+
+def run_faked(monkeypatch, answers, *, count=3):
+    """Rounds without processes: `answers` maps keys to what a worker says; others take one second."""
+    calls = []
+
+    def answer(order):
+        calls.append(order["contender"])
+        given = answers.get(order["contender"], {"state": "timed", "seconds": 1.0, "peak_memory": 7, "cached": 1.0})
+        return given.pop(0) if isinstance(given, list) else given
+
+    monkeypatch.setattr(rounds, "_run_worker", answer)
+    folder = Path("nowhere")
+    table = rounds.run_rounds(TINY["seed"], folder, rounds=count, cold=False, limit=9, cluster=None, say=lambda _: None)
+    return table, calls
+
+
+def timed(*seconds):
+    return [{"state": "timed", "seconds": value, "peak_memory": 1, "cached": 1.0} for value in seconds]
+
+
+def test_rounds_are_interleaved_and_the_first_is_thrown_away(monkeypatch):
+    answers = {"ours_cluster": timed(100, 1, 2, 4), "h5py_preallocated": timed(100, 3, 4, 40)}
+    table, calls = run_faked(monkeypatch, answers)
+    once = [each.key for each in lineup.LINEUP if not each.why_not(compressed=False)]
+    assert calls == once * 4
+    score = next(score for score in table.scores if score.contender.key == "h5py_preallocated")
+    assert list(score.seconds.values()) == [3, 4, 40]
+    assert score.median == 4
+    assert table.ratio(score) == 3  # Of 3/1, 4/2 and 40/4: pairs of one round, not 4/2 of the medians.
+    assert table.ranked()[-1] is score
+
+
+def test_wrong_slow_and_failed_are_named_and_left_out(monkeypatch):
+    answers = {
+        "zarr_loop": {"state": "over"},
+        "memmap_loop": [*timed(1, 1), {"state": "wrong"}],
+        "zarr_oindex": {"state": "failed", "reason": "ValueError: no"},
+    }
+    table, calls = run_faked(monkeypatch, answers)
+    assert (calls.count("zarr_loop"), calls.count("memmap_loop"), calls.count("zarr_oindex")) == (1, 3, 1)
+    states = {score.contender.key: (score.state, score.reason) for score in table.untimed()}
+    assert states["zarr_loop"] == ("over", "over 9 s")
+    assert states["memmap_loop"] == ("wrong", "gave wrong values")
+    assert states["zarr_oindex"] == ("failed", "ValueError: no")
+    assert not states.keys() & {score.contender.key for score in table.ranked()}
+    row = next(row for row in table.numbers()["contenders"] if row["key"] == "memmap_loop")
+    assert "median" not in row
+    text = "\n".join(rounds.table_lines(table))
+    assert "np.memmap, loop               wrong: gave wrong values" in text
+    assert "skipped, for compressed chunks: decode each chunk once" in text
+
+
+def test_ours_untimed_gives_no_ratio(monkeypatch):
+    table, _ = run_faked(monkeypatch, {"ours_cluster": {"state": "wrong"}})
+    assert {table.ratio(score) for score in table.ranked()} == {None}
+    assert rounds.table_lines(table)
+
+
+def test_what_is_not_installed_is_skipped(monkeypatch):
+    find = lineup.importlib.util.find_spec
+    gone = {"tensorstore", "torch"}
+    monkeypatch.setattr(lineup.importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    table, calls = run_faked(monkeypatch, {})
+    assert not {"tensorstore_batch", "tensorstore_index", "torch_loader"} & set(calls)
+    reasons = {score.contender.key: score.reason for score in table.untimed()}
+    assert reasons["tensorstore_batch"] == "not installed: tensorstore"
+    assert reasons["torch_loader"] == "not installed: torch"
+
+
+def test_a_worker_that_dies_is_a_score(tmp_path):
+    result = rounds._run_worker({"contender": "no such one", "limit": 1})
+    assert result["state"] == "failed"
+    assert "KeyError" in result["reason"]
+
+
+def test_too_large_for_memory(monkeypatch):
+    huge = replace(TINY["seed"], count=10**12)
+    with pytest.raises(BudgetError, match="three results fit in memory"):
+        rounds.run_rounds(huge, Path(), rounds=1, cold=False, limit=1, cluster=None, say=print)
+
+
+def test_sizes():
+    for name, full in scenarios.SCENARIOS.items():
+        rows = full[0].rows
+        assert [each.count for each in scenarios.choose_scenarios(name, rows)] == [each.count for each in full]
+        assert all(each.count == 500 for each in scenarios.choose_scenarios(name, 100))
+        with pytest.raises(InputError, match="a window has 16 rows; got --rows 15"):
+            scenarios.choose_scenarios(name, 15)
+    assert scenarios.choose_scenarios("seed", 500_000)[0].count == 2500
+    for name, rows in (("small", 67_000_000), ("compressed", 2**20)):
+        with pytest.raises(InputError, match="give fewer"):
+            scenarios.choose_scenarios(name, rows)
+
+
+def test_command_line(cli, tmp_path, monkeypatch):
+    few = [LINEUP[key] for key in ("h5py_read_direct", "torch_loader", "ours_cluster")]
+    monkeypatch.setattr(rounds, "LINEUP", few)
+    done = cli("bench", tmp_path / "data", "--rows", "600", "--rounds", "1", "--cold", "--json", "--plot", "a.png")
+    assert done.code == 0, done.err
+    assert done.numbers.keys() == {"machine", "rounds", "limit", "tables"}
+    assert done.numbers["machine"].keys() == {"cpu", "cores", "memory", "system", "python", "versions"}
+    (table,) = done.numbers["tables"]
+    assert (table["scenario"], table["cold"], table["shape"], table["windows"]) == ("seed", True, [600, 2000], 500)
+    rows = {row["key"]: row for row in table["contenders"]}
+    assert list(rows) == [each.key for each in few]
+    for key in ("h5py_read_direct", "ours_cluster"):
+        row = rows[key]
+        assert row["state"] == "timed", row
+        assert len(row["seconds"]) == 1
+        assert row["least"] == row["median"] == row["most"]
+    assert rows["ours_cluster"]["ratio"] == 1
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "round 0 of 1" in done.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--plot", "a.doc"), "--plot ends in one of"),
+        (("--plot", "no/a.png"), "--plot lies in a folder that is there"),
+        (("--rows", "3"), "a window has 16 rows"),
+        (("--scenario", "huge"), "'huge' is not one of"),
+        (("--rounds", "0"), "0 is not in the range"),
+    ],
+)
+def test_bad_flags(cli, flags, words):
+    done = cli("bench", *flags)
+    assert done.code == 2
+    assert words in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_without_h5py_there_are_no_plain_files(cli, monkeypatch):
+    find = lineup.importlib.util.find_spec
+    monkeypatch.setattr(lineup.importlib.util, "find_spec", lambda name: None if name == "h5py" else find(name))
+    done = cli("bench")
+    assert done.code == 2
+    assert "the files of seed need h5py" in done.err
+
+
+def test_picture_of_compressed_has_two_panels(monkeypatch, tmp_path):
+    from pipeline.bench.picture import draw_tables
+
+    answers = {"zarr_loop": {"state": "over"}, "h5py_preallocated": timed(1, 50, 60, 70)}
+    table, _ = run_faked(monkeypatch, answers)
+    draw_tables([table, table], "a machine", tmp_path / "b.png")
+    assert (tmp_path / "b.png").stat().st_size > 10_000
