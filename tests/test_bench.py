@@ -17,7 +17,8 @@ import pytest
 import zarr
 
 from pipeline.bench import lineup, pages, rounds, scenarios, worker
-from pipeline.errors import BudgetError, InputError
+from pipeline.bench.run import check_ours
+from pipeline.errors import BudgetError, InputError, IntegrityError
 
 TINY = {
     scenario.name: scenario
@@ -77,7 +78,15 @@ def test_compressed_values_are_exact_and_rows_differ(jobs, name):
     assert (array.chunks[0], array.shards) == ((256, None) if "chunks" in name else (32, (8192, 20)))
 
 
-@pytest.mark.parametrize(("name", "key"), list(itertools.product(TINY, LINEUP)))
+def fitting():
+    """Each scenario with each contender that is meant for it, installed or not."""
+    for name, key in itertools.product(TINY, LINEUP):
+        reason = LINEUP[key].why_not(compressed=name.startswith("compressed"))
+        if reason is None or reason.startswith("not installed"):
+            yield name, key
+
+
+@pytest.mark.parametrize(("name", "key"), list(fitting()))
 def test_every_contender_gives_every_window(jobs, name, key, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     job, who = jobs[name], LINEUP[key]
@@ -209,6 +218,13 @@ def test_wrong_slow_and_failed_are_named_and_left_out(monkeypatch):
     text = "\n".join(rounds.table_lines(table))
     assert "np.memmap, loop               wrong: gave wrong values" in text
     assert "skipped, for compressed chunks: decode each chunk once" in text
+
+
+def test_our_own_wrong_values_are_an_error(monkeypatch):
+    table, _ = run_faked(monkeypatch, {"ours_cluster": [*timed(1, 1), {"state": "wrong"}]})
+    with pytest.raises(IntegrityError, match="this project, cluster"):
+        check_ours(table)
+    check_ours(run_faked(monkeypatch, {"memmap_loop": {"state": "wrong"}})[0])
 
 
 def test_ours_untimed_gives_no_ratio(monkeypatch):

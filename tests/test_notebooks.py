@@ -103,7 +103,7 @@ def test_is_kept_as_one_clean_run_left_it(notebook):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("Matrix('/tmp/x/A.zarr')", True),
+        ("Matrix('/scratch/me/A.zarr')", True),
         ("File /home/me/a.py", True),
         ("<td>/work</td>", True),
         (r"C:\Users\me", True),

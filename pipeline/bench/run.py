@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.bench.rounds import machine_facts, machine_words, run_rounds, table_lines
+from pipeline.bench.rounds import Table, machine_facts, machine_words, run_rounds, table_lines
 from pipeline.bench.scenarios import choose_scenarios
-from pipeline.errors import InputError
+from pipeline.errors import InputError, IntegrityError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 def run_bench(
@@ -45,11 +45,17 @@ def run_bench(
     ------
     InputError
         If matplotlib cannot write the picture, h5py is absent, or a value is out of its range.
+    NotFoundError
+        If the cluster file is absent.
+    IntegrityError
+        If this project itself gave a wrong value: a peer that does so is named in its table.
     BudgetError, DiskSpaceError
         If the results do not fit the memory, or the files the disk.
     """
     if plot is not None:
         _check_plot(plot)
+    if cluster is not None and not Path(cluster).exists():
+        raise NotFoundError(f"a named cluster file is there; nothing is at {cluster}; check the path")
     chosen = choose_scenarios(scenario, rows)
     if importlib.util.find_spec("h5py") is None and not all(each.compressed for each in chosen):
         raise InputError(
@@ -60,7 +66,9 @@ def run_bench(
     for each in chosen:
         made = each.make_files(folder, say)
         home = made.zarr.parent
-        tables.append(run_rounds(each, home, rounds=rounds, cold=cold, limit=limit, cluster=cluster, say=say))
+        table = run_rounds(each, home, rounds=rounds, cold=cold, limit=limit, cluster=cluster, say=say)
+        check_ours(table)
+        tables.append(table)
     machine = machine_facts()
     if plot is not None:
         from pipeline.bench.picture import draw_tables
@@ -79,6 +87,16 @@ _NOTES = (
     "process; rounds interleaved, the first thrown away; every value checked. Times ours: against this project on its",
     "cluster, round by round, the median. The memory is that of the whole process.",
 )
+
+
+def check_ours(table: Table) -> None:
+    """Raise IntegrityError where this project gave a wrong value: no table of speeds is worth as much."""
+    wrong = [s.contender.label for s in table.scores if s.contender.kind == "ours" and s.state == "wrong"]
+    if wrong:
+        raise IntegrityError(
+            f"this project's windows equal the oracle's; in {table.scenario.name} those of {', '.join(wrong)} do not; "
+            "report this as a bug"
+        )
 
 
 def _check_plot(plot: Path) -> None:
