@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import importlib
+import gc
 import io
 import json
 import os
@@ -29,8 +29,6 @@ from pipeline.sizes import count_of, format_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
-
-    from numpy.typing import NDArray
 
     from pipeline.collect import Gathering
     from pipeline.matrix import Matrix
@@ -214,17 +212,19 @@ def create(
     SOURCE is an .npy, raw binary (with --dtype and --row-shape), HDF5 (A.h5::dataset, or --dataset), a Zarr array, or
     random:ROWSxCOLS. Several are stacked by rows.
     """
-    from pipeline.create import plan_creation
-    from pipeline.memory import PeakMemory
-
     begin = time.perf_counter()
-    creation = plan_creation(
-        sources[0] if len(sources) == 1 else list(sources),
-        dest,
-        row_shape=_parse_shape(row_shape),
-        overwrite=overwrite,
-        **settings,
-    )
+    with _loading():
+        from pipeline.create import plan_creation
+        from pipeline.memory import PeakMemory
+        from pipeline.request import parse_shape
+
+        creation = plan_creation(
+            sources[0] if len(sources) == 1 else list(sources),
+            dest,
+            row_shape=parse_shape(row_shape),
+            overwrite=overwrite,
+            **settings,
+        )
     free = _free_nbytes(creation.dest.parent)
     if dry_run:
         costs = {
@@ -271,7 +271,10 @@ def info(
     MATRIX is a Zarr array; or an .npy, raw binary (with --dtype and --row-shape) or HDF5 with a contiguous data set
     (A.h5::dataset, or --dataset), read in place.
     """
-    opened = _open_matrix(matrix, dtype, row_shape, dataset)
+    with _loading():
+        from pipeline.request import open_named
+
+        opened = open_named(matrix, dtype, row_shape, dataset)
     length = opened.check_length(length)
     layout = opened.layout
     wanted = length * opened.row_nbytes
@@ -321,7 +324,8 @@ def plan(*, as_json: bool, **arguments: Any) -> None:
 
     Reads no data, but for one window where --apply is given. MATRIX is as for `run`.
     """
-    _, sink = _prepare(**arguments)
+    with _loading():
+        _, sink = _prepare(**arguments)
     planned, peak = sink.plan, sink.footprint().peak_nbytes
     numbers: dict[str, Any] = {
         "windows": len(planned),
@@ -362,12 +366,13 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
     MATRIX is a Zarr array; or an .npy, raw binary (with --dtype and --row-shape) or HDF5 with a contiguous data set
     (A.h5::dataset, or --dataset), read in place.
     """
-    from pipeline.memory import PeakMemory
-    from pipeline.report import name_limit
-    from pipeline.tasks import active_client, count_threads
-
     begin = time.perf_counter()
-    matrix, sink = _prepare(**arguments)
+    with _loading():
+        from pipeline.memory import PeakMemory
+        from pipeline.report import name_limit
+        from pipeline.runs import active_client, count_threads
+
+        matrix, sink = _prepare(**arguments)
     ready = time.perf_counter()
     with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
         started = time.perf_counter()
@@ -456,63 +461,31 @@ def bench(directory: str | None, *, plot: str | None, as_json: bool, quiet: bool
     click.echo(json.dumps(numbers) if as_json else words)
 
 
-def _prepare(
-    *,
-    matrix: str,
-    dtype: str | None,
-    row_shape: str | None,
-    dataset: str | None,
-    count: int,
-    length: int,
-    seed: int,
-    within: str | None,
-    starts: str | None,
-    out: str | None,
-    apply_name: str | None,
-    order: str | None,
-    memory: str | None,
-    overwrite: bool,
-    **_: Any,
-) -> tuple[Matrix, Gathering | Storing]:
-    """Do all of a run that comes before its cluster: open, draw, plan, check."""
-    from pipeline.collect import prepare_gathering
-    from pipeline.plan import plan_windows
-    from pipeline.staging import check_apart
-    from pipeline.starts import draw_starts, load_starts
-    from pipeline.tasks import check_order
-    from pipeline.writeback import prepare_storing
+def _prepare(**arguments: Any) -> tuple[Matrix, Gathering | Storing]:
+    """Do all of a run that comes before its cluster."""
+    from pipeline.request import prepare_request
 
-    suffix = Path(out).suffix if out is not None else None
-    if suffix not in (None, ".zarr", ".npy"):
-        raise InputError(f"--out ends in .zarr or .npy; got {out!r}; rename it")
-    if order is not None and suffix != ".zarr":
-        raise InputError(f"--order is for --out X.zarr; got --order {order} with {out or 'no --out'}; drop it")
-    opened = _open_matrix(matrix, dtype, row_shape, dataset)
-    opened.check_length(length)
-    if starts is not None:
+    if arguments["starts"] is not None:
         _refuse_given("count", "seed", "within", beside="--starts")
-        if out is not None and starts != "-":
-            check_apart(Path(out), [starts])
-        chosen = load_starts(starts)
-    else:
-        if within and opened.parts is None:
-            raise InputError(f"--within parts is for a matrix of several sources; {matrix} has one; drop it")
-        parts = opened.parts if within else None
-        chosen = draw_starts(opened.rows, length=length, count=count, seed=seed, within=parts)
-    planned = plan_windows(opened, chosen, length=length, memory=memory)
-    function = None if apply_name is None else _load_function(apply_name)
-    if out is not None and suffix == ".zarr":
-        sequence = check_order(order or "request")
-        return opened, prepare_storing(planned, out, apply=function, order=sequence, overwrite=overwrite)
-    return opened, prepare_gathering(planned, apply=function, out=out, overwrite=overwrite)
+    return prepare_request(**arguments)
 
 
-def _open_matrix(path: str, dtype: str | None, row_shape: str | None, dataset: str | None) -> Matrix:
-    from pipeline.matrix import open_matrix
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Import and open without the garbage collector, which would search in vain what stays until the process ends.
 
-    options = {"dtype": dtype, "row_shape": _parse_shape(row_shape), "dataset": dataset}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    return open_matrix(path, **given)
+    Frozen, that is not searched when the interpreter exits, either: together a fifth of a small run. A process that has
+    NumPy already is a caller's own, whose garbage is left alone.
+    """
+    if "numpy" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _refuse_given(*names: str, beside: str) -> None:
@@ -521,41 +494,6 @@ def _refuse_given(*names: str, beside: str) -> None:
     for name in names:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise InputError(f"{beside} names every window; got --{name}, too; drop one of the two")
-
-
-def _load_function(name: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Import MODULE:FUNCTION, from the working directory, too."""
-    module_name, colon, function_name = name.partition(":")
-    if not colon or not module_name or not function_name:
-        raise InputError(f"--apply is MODULE:FUNCTION; got {name!r}; write it such as features:mean")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            f"--apply names a module that can be imported; {module_name}: {type(error).__name__}: {error}; mend it"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(f"--apply names a function; {module_name} has none called {function_name!r}; check its name")
-    if Path(getattr(module, "__file__", None) or "/").resolve().parent == Path(folder).resolve():
-        import cloudpickle
-
-        # Worker processes do not share this folder's path: send the code itself.
-        cloudpickle.register_pickle_by_value(module)
-    loaded: Callable[[NDArray[Any]], NDArray[Any]] = function
-    return loaded
-
-
-def _parse_shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    words = text.strip("() ").rstrip(",").split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise InputError(f"--row-shape is whole numbers with commas; got {text!r}; write it such as 2000 or 64,64")
-    return tuple(int(word) for word in words)
 
 
 @contextlib.contextmanager

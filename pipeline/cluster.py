@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import importlib
 import inspect
 import logging
@@ -12,24 +11,25 @@ import multiprocessing
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import resource_tracker
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import dask
 import distributed
 import distributed.utils
-import msgspec
-import yaml
 from dask.system import CPU_COUNT
 
-from pipeline.errors import InputError, NotFoundError, OpenError, PipelineError
+from pipeline.clusterfile import Spec, check_keys, merged_settings, one_line, read_spec
+from pipeline.dashboard import Worker, can_defer_pages, dashboard_link, defer_pages
+from pipeline.errors import InputError, OpenError, PipelineError
 from pipeline.memory import budget
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["check_client", "connect", "dashboard_link"]
 
 _CLUSTERS = {
     "dask.distributed": ("LocalCluster",),
@@ -46,38 +46,11 @@ _DEFAULTS: dict[str, Any] = {
 """`kwargs` of a LocalCluster where the file leaves them out: one process, reachable from this host alone."""
 
 _LOOPBACK = "127.0.0.1:0"
-_MIN_THREADS = 4
-"""Reads in flight keep a disk busy, whatever the number of cores."""
-_OPEN_SETTINGS = {"logging", "environ", "pre-spawn-environ", "resources", "default-task-durations"}
-"""Dask's settings whose keys are the user's own."""
+_MIN_THREADS = 2
+"""One that reads while another copies; many reads are in flight, whatever the number of threads."""
 _CONNECT_SECONDS = 10
 _WORKER_SECONDS = 60
 _CLOSE_SECONDS = 10
-
-_Count = Annotated[int, msgspec.Meta(ge=1)]
-
-
-class _Scale(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    n: _Count | None = None
-    workers: _Count | None = None
-    jobs: _Count | None = None
-
-
-class _Adapt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    maximum: _Count
-    minimum: Annotated[int, msgspec.Meta(ge=0)] = 0
-
-
-class _Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Content of a `cluster.yaml` beside Dask's own settings."""
-
-    version: Literal[1]
-    module: str | None = None
-    class_: str | None = msgspec.field(default=None, name="class")
-    kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
-    scale: _Scale | None = None
-    adapt: _Adapt | None = None
-    scheduler_address: str | None = msgspec.field(default=None, name="scheduler-address")
 
 
 @contextmanager
@@ -91,7 +64,7 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Iterator[dis
     ----------
     cluster
         The file. None: `./cluster.yaml` if it is there, else one worker in this process, whose number of threads is
-        the number of cores, at least 4.
+        the number of cores, at least 2.
     **overrides
         They go over the file's `kwargs`, such as `n_workers=2, processes=True`. `scheduler_address` takes the place
         of the file's cluster; `silence_logs=False` lets Dask's log lines through.
@@ -116,22 +89,22 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Iterator[dis
     ...     client.submit(sum, [1, 2]).result()
     3
     """
-    spec, settings, origin = _read_spec(cluster)
+    spec, settings, origin = read_spec(cluster)
     overrides = dict(overrides)
     level = overrides.pop("silence_logs", spec.kwargs.get("silence_logs", logging.CRITICAL))
     address = overrides.pop("scheduler_address", None)
     if address is None:
         address = spec.scheduler_address
     else:
-        spec = _Spec(version=1)
-    if address is not None and (overrides or any((spec.module, spec.class_, spec.kwargs, spec.scale, spec.adapt))):
+        spec = Spec(version=1)
+    if address is not None and (overrides or spec.describes_cluster):
         raise InputError(
             f"a cluster that runs already cannot be configured; got a scheduler-address and {origin} or arguments "
             "that describe a cluster; drop one of the two"
         )
     with ExitStack() as stack:
         # The client sets `scheduler`, too, and leaves it so when it cannot connect.
-        stack.enter_context(dask.config.set(_merged(settings) | {"scheduler": "dask.distributed"}))
+        stack.enter_context(dask.config.set(merged_settings(settings) | {"scheduler": "dask.distributed"}))
         if level:
             stack.enter_context(distributed.utils.silence_logging_cmgr(level))
         if address is None:
@@ -174,139 +147,22 @@ def _check_no_limit(limit: Any) -> None:
         )
 
 
-def _read_spec(cluster: str | Path | None) -> tuple[_Spec, dict[str, Any], str]:
-    """Spec, Dask's settings, and the name of the file for messages."""
-    if cluster is None and not Path("cluster.yaml").exists():
-        return _Spec(version=1), {}, "the default cluster"
-    path = Path("cluster.yaml" if cluster is None else cluster)
-    content = _parse(path)
-    fields = [field.encode_name for field in msgspec.structs.fields(_Spec)]
-    known = dask.config.config | {"logging": {}}
-    _check_keys(content, [*fields, *known], str(path))
-    settings = {key: value for key, value in content.items() if key not in fields}
-    _check_settings(settings, known, str(path))
-    for key, struct in (("scale", _Scale), ("adapt", _Adapt)):
-        if isinstance(content.get(key), dict):
-            _check_keys(content[key], struct.__struct_fields__, f"{key} in {path}")
-    try:
-        spec = msgspec.convert({key: value for key, value in content.items() if key in fields}, _Spec)
-    except msgspec.ValidationError as error:
-        raise InputError(
-            f"a cluster file has the keys and types of the cluster.yaml that comes with this package; got {path}: "
-            f"{error}; correct it"
-        ) from None
-    scales = [] if spec.scale is None else [each for each in msgspec.structs.astuple(spec.scale) if each is not None]
-    wrong = spec.scale is not None and (len(scales) != 1 or spec.adapt is not None)
-    if wrong or (spec.adapt is not None and spec.adapt.minimum > spec.adapt.maximum):
-        raise InputError(
-            f"a cluster scales by one number or between two; got {content.get('scale')!r} and "
-            f"{content.get('adapt')!r} in {path}; write "
-            "scale: {workers: 4}, or adapt: {minimum: 1, maximum: 4}"
-        )
-    return spec, settings, str(path)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, of which YAML keeps the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that stands twice in one mapping."""
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise _DuplicateKeyError(key.value, key.start_mark.line + 1)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-class _DuplicateKeyError(Exception):
-    """Key and line."""
-
-
-def _parse(path: Path) -> dict[Any, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.TagToken | yaml.AliasToken):
-                line = token.start_mark.line + 1
-                raise InputError(
-                    f"a cluster file holds plain values; got a tag or an alias in {path}, line {line}; write it out"
-                )
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506
-    except _DuplicateKeyError as error:
-        key, line = error.args
-        raise InputError(
-            f"a key stands once; got {key!r} twice in {path}, the second in line {line}; drop one"
-        ) from None
-    except FileNotFoundError:
-        raise NotFoundError(f"the cluster file must exist; got {path}; correct its path, or leave it out") from None
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
-        if isinstance(error, PipelineError):
-            raise
-        raise OpenError(f"a cluster file is readable YAML; got {path}: {_one_line(error)}; correct it") from None
-    if not isinstance(content, dict):
-        raise OpenError(
-            f"a cluster file is a mapping of keys; got {type(content).__name__} in {path}; start from the "
-            "cluster.yaml that comes with this package"
-        )
-    return content
-
-
-def _check_keys(given: Collection[Any], known: Collection[str], where: str) -> None:
-    for key in given:
-        if str(key).replace("_", "-") not in {name.replace("_", "-") for name in known}:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
-            raise InputError(f"keys must be known; got {key!r} in {where}; did you mean {nearest!r}?")
-
-
-def _check_settings(given: Mapping[Any, Any], known: Mapping[str, Any], where: str) -> None:
-    """Compare Dask's settings with its defaults, level by level: Dask itself takes any key in silence."""
-    for key, value in given.items():
-        default = known[dask.config.canonical_name(key, known)]
-        if not isinstance(default, Mapping):
-            continue
-        if not isinstance(value, Mapping):
-            raise InputError(f"{key} in {where} is a mapping; got {value!r}; write {key}: {{setting: value}}")
-        if key.replace("_", "-") not in _OPEN_SETTINGS:
-            _check_keys(value, default, f"{key} in {where}")
-            _check_settings(value, default, where)
-
-
-def _merged(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Top-level keys of Dask's config after `settings`: merged, since `dask.config.set` replaces whole subtrees."""
-    chosen = _without(settings, dask.config.collect_env())
-    merged: dict[str, Any] = dask.config.merge(dask.config.config, chosen)
-    return {key: merged[key] for key in (dask.config.canonical_name(key, merged) for key in chosen)}
-
-
-def _without(settings: Mapping[str, Any], winners: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` less the leaves that `winners` sets."""
-    rest = {}
-    for key, value in settings.items():
-        name = dask.config.canonical_name(key, winners)
-        if name not in winners:
-            rest[key] = value
-        elif isinstance(value, Mapping) and isinstance(winners[name], Mapping):
-            rest[key] = _without(value, winners[name])
-    return rest
-
-
-def _start(stack: ExitStack, spec: _Spec, overrides: dict[str, Any], level: Any, origin: str) -> Any:
+def _start(stack: ExitStack, spec: Spec, overrides: dict[str, Any], level: Any, origin: str) -> Any:
     """Start the cluster of `spec`; `stack` closes it."""
     module, name = spec.module or "dask.distributed", spec.class_ or "LocalCluster"
     if name not in _CLUSTERS.get(module, ()):
         allowed = ", ".join(f"{each}.{name}" for each, names in _CLUSTERS.items() for name in names)
         raise InputError(f"module and class name a known cluster; got {module}.{name} in {origin}; use {allowed}")
     factory = getattr(importlib.import_module(module), name)
-    workers = (
-        spec.adapt.maximum if spec.adapt else max(filter(None, msgspec.structs.astuple(spec.scale or _Scale(n=1))))
-    )
-    kwargs = _local_kwargs(spec.kwargs, overrides, workers, origin) | {"silence_logs": level}
+    kwargs = _local_kwargs(spec.kwargs, overrides, spec.workers, origin) | {"silence_logs": level}
     # The children that Python starts while it imports the main script would start children of their own, and so on.
     if kwargs["processes"] and getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)
+    deferred = can_defer_pages() and not kwargs.get("scheduler_kwargs")
+    if deferred:
+        kwargs["scheduler_kwargs"] = {"dashboard": False}
+    if not kwargs["processes"]:
+        kwargs["worker_class"] = Worker
     with _sigint_blocked(kwargs["processes"]):
         try:
             with warnings.catch_warnings():
@@ -317,10 +173,12 @@ def _start(stack: ExitStack, spec: _Spec, overrides: dict[str, Any], level: Any,
         except Exception as error:
             raise _start_error(error, origin) from error
         stack.push(lambda kind, *_: _close_cluster(cluster, hurry=kind is not None))
+    if deferred:
+        defer_pages(cluster.scheduler, "scheduler")
     if spec.adapt:
         cluster.adapt(minimum=spec.adapt.minimum, maximum=spec.adapt.maximum)
     elif spec.scale:
-        cluster.scale(workers)
+        cluster.scale(spec.workers)
     return cluster
 
 
@@ -329,8 +187,8 @@ def _local_kwargs(given: dict[str, Any], overrides: dict[str, Any], workers: int
     kinds = (distributed.LocalCluster, distributed.Nanny, distributed.Worker)
     known = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
     known -= {"self", "asynchronous", "loop", "kwargs", "worker_kwargs", "worker_class"}
-    _check_keys(given, sorted(known), f"kwargs in {origin}")
-    _check_keys(overrides, sorted(known), "the arguments")
+    check_keys(given, sorted(known), f"kwargs in {origin}")
+    check_keys(overrides, sorted(known), "the arguments")
     kwargs = _DEFAULTS | given | overrides
     processes = kwargs["processes"]
     if not isinstance(processes, bool):
@@ -367,7 +225,7 @@ def _start_error(error: Exception, origin: str) -> PipelineError:
             "`if __name__ == '__main__':`; got workers that ended at once; add that line, or set processes: false"
         )
     kind = InputError if isinstance(error, TypeError | ValueError) else OpenError
-    return kind(f"the cluster must start; got {_one_line(error)}; check the kwargs of {origin}")
+    return kind(f"the cluster must start; got {one_line(error)}; check the kwargs of {origin}")
 
 
 @contextmanager
@@ -399,7 +257,7 @@ def _reach(address: str) -> distributed.Client:
             _close(after)
         kind = InputError if isinstance(error, TypeError | ValueError) else OpenError
         raise kind(
-            f"a scheduler must answer within {_CONNECT_SECONDS} s; got {_one_line(error)} at {address}; start it, or "
+            f"a scheduler must answer within {_CONNECT_SECONDS} s; got {one_line(error)} at {address}; start it, or "
             "correct scheduler-address"
         ) from error
     try:
@@ -438,21 +296,3 @@ async def _drop_workers(workers: list[Any]) -> None:
     nanny = {"timeout": 1}
     each = (worker.close(**in_process if isinstance(worker, distributed.Worker) else nanny) for worker in workers)
     await asyncio.gather(*each, return_exceptions=True)
-
-
-def dashboard_link(client: distributed.Client) -> str | None:
-    """Address of the client's dashboard as it can be opened from this machine, or None where it has none."""
-    scheduler = getattr(client.cluster, "scheduler", None)
-    if not isinstance(scheduler, distributed.Scheduler):
-        return client.dashboard_link  # type: ignore[no-any-return]
-    # Without the dashboard, also where bokeh is absent, the server still serves other pages.
-    if not scheduler.http_application.applications:
-        return None
-    server = scheduler.http_server
-    # Dask's own link names this host's outer address even where the dashboard listens on loopback alone.
-    host = "127.0.0.1" if server.address in ("0.0.0.0", "::") else server.address  # noqa: S104
-    return str(distributed.utils.format_dashboard_link(host, server.port))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())

@@ -317,14 +317,14 @@ def test_exit_codes(cli, matrix, monkeypatch, kind):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("pipeline.matrix.open_matrix", fail)
+    monkeypatch.setattr("pipeline.request.open_matrix", fail)
     said = cli("info", matrix)
     assert (said.code, said.out) == (kind.exit_code, "")
     assert said.err == "error: rule; what was got; the way out; task 3\n"
 
 
 def test_bug_of_ours(cli, matrix, monkeypatch):
-    monkeypatch.setattr("pipeline.matrix.open_matrix", lambda _: 1 / 0)
+    monkeypatch.setattr("pipeline.request.open_matrix", lambda _: 1 / 0)
     said = cli("info", matrix)
     assert (said.code, said.out, said.err.count("\n")) == (1, "", 1)
     assert said.err.startswith("error: a bug of ours; ZeroDivisionError")
@@ -530,3 +530,22 @@ def test_without_a_verb_the_help_is_shown(cli):
     said = cli()
     assert (said.code, said.err) == (0, "")
     assert "create" in said.out
+
+
+@pytest.mark.parametrize("line", [["plan", "A.zarr"], ["plan", "A.zarr", "--count", "-1"]])
+def test_garbage_is_collected_after_loading(samples, line):
+    """Only what was loaded before is set aside; a process that had NumPy of its own keeps its garbage."""
+    for before, frozen in ((), True), (("import numpy",), False):
+        script = [
+            "import gc, sys",
+            *before,
+            "from pipeline.cli import main",
+            f"sys.argv = ['pipeline', *{line!r}]",
+            "try: main()",
+            "except SystemExit: pass",
+            "print(gc.isenabled(), gc.get_freeze_count() > 0)",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(script)], cwd=samples, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == f"True {frozen}"

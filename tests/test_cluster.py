@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -12,13 +13,14 @@ import threading
 from pathlib import Path
 from urllib.request import urlopen
 
+import bokeh.client
 import dask
 import distributed
 import pytest
 import yaml
 
 from pipeline import cluster as module
-from pipeline.cluster import check_client, connect
+from pipeline.cluster import check_client, connect, dashboard_link
 from pipeline.errors import InputError, NotFoundError, OpenError
 
 LINUX = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
@@ -49,7 +51,9 @@ def listening():
     pids = [os.getpid()]
     for pid in pids:
         for task in Path(f"/proc/{pid}/task").iterdir():
-            pids += map(int, (task / "children").read_text().split())
+            # A thread may end while it is looked at.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                pids += map(int, (task / "children").read_text().split())
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -79,7 +83,7 @@ def test_default_cluster(capfd):
         workers = client.scheduler_info(n_workers=-1)["workers"]
         ((address, worker),) = workers.items()
         assert address.startswith("inproc://")
-        assert worker["nthreads"] == max(4, len(os.sched_getaffinity(0)))
+        assert worker["nthreads"] == max(2, len(os.sched_getaffinity(0)))
         assert worker["memory_limit"] == 0
         assert client.submit(os.getpid).result() == os.getpid()
         sockets = listening() - before
@@ -131,7 +135,7 @@ def test_shipped_file_is_the_default():
     content = yaml.safe_load(SHIPPED.read_text())
     assert content.pop("kwargs") == module._DEFAULTS
     assert content == {"version": 1, "module": "dask.distributed", "class": "LocalCluster"}
-    shipped, settings, _ = module._read_spec(SHIPPED)
+    shipped, settings, _ = module.read_spec(SHIPPED)
     assert settings == {}
     for overrides in ({}, {"processes": True, "memory_limit": "1GB"}, {"n_workers": 3}):
         built_in = module._local_kwargs({}, overrides, 1, "")
@@ -142,10 +146,10 @@ def test_examples_in_the_shipped_file_work(write):
     text = SHIPPED.read_text()
     for line in ("scale: {workers: 4}", "adapt: {minimum: 1, maximum: 4}", "temporary-directory: /scratch"):
         assert f"# {line}\n" in text
-        module._read_spec(write(text.replace(f"# {line}", line)))
+        module.read_spec(write(text.replace(f"# {line}", line)))
     dask_part = "# distributed:\n#   scheduler: {no-workers-timeout: 5 minutes}\n"
     assert dask_part in text
-    _, settings, _ = module._read_spec(write(text.replace(dask_part, dask_part.replace("# ", "").replace("#", ""))))
+    _, settings, _ = module.read_spec(write(text.replace(dask_part, dask_part.replace("# ", "").replace("#", ""))))
     assert settings == {"distributed": {"scheduler": {"no-workers-timeout": "5 minutes"}}}
 
 
@@ -207,6 +211,74 @@ def test_without_bokeh():
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert (run.stdout, run.stderr) == ("7\n", "")
+
+
+def addresses(client):
+    """Of the HTTP servers of the scheduler and of its one worker."""
+    ((_, worker),) = client.scheduler_info(n_workers=-1)["workers"].items()
+    ports = [client.cluster.scheduler.http_server.port, worker["services"]["dashboard"]]
+    return [f"http://127.0.0.1:{port}" for port in ports]
+
+
+def pages(client):
+    """Paths of the pages that the scheduler and its worker have made."""
+    nodes = [client.cluster.scheduler, client.cluster.workers[0]]
+    return [{path for each in node.http_application.applications for path in each.app_paths} for node in nodes]
+
+
+def test_dashboard_is_complete_whatever_is_asked_for_first():
+    """One whose pages Dask makes at the start is the measure."""
+    keywords = {"processes": False, "n_workers": 1, "memory_limit": 0, "worker_dashboard_address": "127.0.0.1:0"}
+    with (
+        distributed.LocalCluster(**keywords, dashboard_address="127.0.0.1:0") as plain,
+        distributed.Client(plain, set_as_default=False) as client,
+        urlopen(f"{addresses(client)[0]}/individual-plots.json") as response,
+    ):
+        expected, plots = pages(client), response.read()
+    assert [len(each) > 4 and "/status" in each for each in expected] == [True, True]
+    with connect() as client:
+        assert pages(client) == [set(), set()]
+        with urlopen(f"{addresses(client)[0]}/individual-plots.json") as response:
+            assert response.read() == plots
+        assert pages(client) == [expected[0], set()]
+        with urlopen(f"{addresses(client)[1]}/health") as response:
+            assert response.read() == b"ok"
+        assert pages(client) == expected
+
+
+@pytest.mark.filterwarnings("ignore:There is no current event loop")  # Bokeh's client asks for one.
+def test_dashboard_draws_and_is_made_once():
+    with connect() as client:
+        application = client.cluster.scheduler.http_application
+        assert application.applications == []
+        link = dashboard_link(client)
+        for address in addresses(client):
+            for _ in range(2):
+                # Over the web socket, as a browser does.
+                session = bokeh.client.pull_session(url=f"{address}/status")
+                assert session.document.roots
+                session.close()
+        assert len(application.applications) == 1
+        assert dashboard_link(client) == link
+        assert client.submit(sum, [3, 4]).result() == 7
+
+
+def test_settings_of_a_worker_are_found(write):
+    """Dask looks for some of them by the name of the worker's class."""
+    path = write("version: 1\ndistributed: {worker: {blocked-handlers: [terminate]}}\n")
+    with connect(path) as client:
+        ((_, worker),) = client.scheduler_info(n_workers=-1)["workers"].items()
+        assert worker["type"] == "Worker"
+        assert client.cluster.workers[0].blocked_handlers == ["terminate"]
+
+
+def test_scheduler_keywords_are_kept(capfd):
+    prefixed = {"http_prefix": "/here", "dashboard": True}
+    with connect(scheduler_kwargs=prefixed) as client, urlopen(f"{addresses(client)[0]}/here/status") as response:
+        assert b"Dask" in response.read()
+    with connect(scheduler_kwargs={"dashboard": False}) as client:
+        assert dashboard_link(client) is None
+    assert len(capfd.readouterr().err.splitlines()) == 1
 
 
 EVENTS = {}

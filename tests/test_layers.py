@@ -22,16 +22,21 @@ LAYERS = [
     "__main__",
     "cli",
     "bench",
-    "demo progress",
+    "demo progress request",
     "collect writeback create",
-    "report shards",
+    "report runs shards",
     "tasks",
     "readers staging",
+    "ranged",
+    "pieces",
     "decoding",
     "plan",
     "matrix starts cluster",
-    "sources",
+    "clusterfile dashboard",
+    "counting sources decoders",
     "layout hdf5",
+    "keys",
+    "chunks",
     "memory files preads",
     "errors sizes",
 ]
@@ -40,23 +45,25 @@ LAYERS = [
 OUTSIDE = {
     "bokeh": "",
     "click": "cli",
-    "cloudpickle": "cli",
-    "dask": "bench cluster tasks",
-    "distributed": "cluster tasks",
-    "google_crc32c": "layout",
+    "cloudpickle": "request",
+    "dask": "bench cluster clusterfile runs tasks",
+    "distributed": "cluster dashboard runs",
+    "google_crc32c": "chunks decoders",
     "h5py": "bench hdf5",
     "matplotlib": "bench",
-    "msgspec": "cluster",
-    "numcodecs": "bench hdf5",
+    "msgspec": "clusterfile",
+    "numcodecs": "bench decoders hdf5",
+    "obstore": "keys",
     "tensorstore": "bench",
     "torch": "bench",
+    "tornado": "dashboard",
     "tqdm": "progress",
-    "yaml": "cluster",
-    "zarr": "bench create decoding layout matrix readers shards sources writeback",
+    "yaml": "clusterfile",
+    "zarr": "bench counting create decoders decoding keys layout matrix ranged readers shards sources writeback",
 }
 """Modules that may import what is heavy or has a home of its own; NumPy and the standard library are for all."""
 
-HEAVY = ["dask", "distributed", "h5py", "numpy", "tqdm", "yaml", "zarr"]
+HEAVY = ["bokeh", "dask", "distributed", "h5py", "matplotlib", "numpy", "pandas", "tqdm", "yaml", "zarr"]
 
 
 def imports(path: Path) -> set[str]:
@@ -126,6 +133,15 @@ def test_looking_at_a_matrix_loads_no_dask(samples):
     assert "zarr" in loaded_by(f"import pipeline; pipeline.open_matrix({str(samples / 'A.zarr')!r})")
     code = f"from pipeline.cli import main; sys.argv = ['pipeline', 'info', {str(samples / 'A.zarr')!r}]; main()"
     assert not {"dask", "distributed"} & set(loaded_by(code))
+
+
+@pytest.mark.parametrize(("name", "zarr"), [("A.zarr", ["zarr"]), ("A.npy", [])])
+def test_a_run_loads_what_it_needs_and_no_more(samples, tmp_path, name, zarr):
+    """Bokeh alone would take as long as a small run."""
+    line = ["pipeline", "run", str(samples / name), "--count", "1", "--out", str(tmp_path / "w.npy")]
+    code = f"from pipeline.cli import main; sys.argv = {line!r}; main()"
+    assert loaded_by(code) == ["dask", "distributed", "numpy", "tqdm", "yaml", *zarr]
+    assert (tmp_path / "w.npy").exists()
 
 
 def test_public_names():
