@@ -1,9 +1,8 @@
-"""How a matrix lies on disk: its files, their rows, and what can be read without reading its neighbours."""
+"""How a matrix lies in storage: its files or keys, their rows, what can be read without reading its neighbours."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import stat
@@ -11,89 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import google_crc32c
 import numpy as np
 
-from pipeline.errors import IntegrityError
+from pipeline.chunks import CHECKSUM_NBYTES, Chunks, ShardIndex
+from pipeline.keys import Keys
+from pipeline.preads import open_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import zarr
     from numpy.typing import NDArray
 
     from pipeline.files import FileStamp
 
-CHECKSUM_NBYTES = 4
-_ABSENT = 2**64 - 1
 
-
-@dataclass(frozen=True, slots=True)
-class ShardIndex:
-    """Where the inner chunks of a shard lie: 16 bytes each, (offset, size), little-endian uint64.
-
-    As in the Zarr specification of the `sharding_indexed` codec.
-    """
-
-    chunks: int
-    """Inner chunks of one shard."""
-    at_end: bool
-    """The index follows the chunks; otherwise it precedes them."""
-    checksum: bool
-    """Four bytes of crc32c end the index."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the encoded index."""
-        return 16 * self.chunks + CHECKSUM_NBYTES * self.checksum
-
-    def read(self, fd: int, name: str) -> NDArray[np.int64]:
-        """Read and check one shard's index; `name` tells errors which.
-
-        Returns
-        -------
-        ndarray
-            (chunks, 2) int64: offset in the file and size in bytes; (-1, -1) for a chunk that is absent.
-
-        Raises
-        ------
-        IntegrityError
-            If the file is too short, the checksum is wrong, or an entry points outside of the file.
-        """
-        size = os.fstat(fd).st_size
-        where = size - self.nbytes if self.at_end else 0
-        raw = os.pread(fd, self.nbytes, where) if where >= 0 else b""
-        if len(raw) != self.nbytes:
-            raise IntegrityError(f"a shard holds its index; {name} has {size} bytes, its index {self.nbytes}")
-        entries = raw
-        if self.checksum:
-            entries = raw[:-CHECKSUM_NBYTES]
-            if google_crc32c.value(entries) != int.from_bytes(raw[-CHECKSUM_NBYTES:], "little"):
-                raise IntegrityError(f"a shard's index matches its checksum; that of {name} does not: torn or corrupt")
-        index = np.frombuffer(entries, dtype="<u8").reshape(self.chunks, 2)
-        absent = (index == _ABSENT).all(axis=1)
-        # Compared one by one, since a corrupt offset plus its size may pass 2**64.
-        inside = (index[:, 0] <= size) & (index[:, 1] <= size) & (index[:, 0] <= size - np.minimum(index[:, 1], size))
-        if not (inside | absent).all():
-            raise IntegrityError(f"a shard's index points into its file; that of {name} points past its {size} bytes")
-        return np.where(absent[:, None], np.int64(-1), index.astype(np.int64))
-
-
-class Extents(Protocol):
-    """Files of which each holds the rows of one extent, or of several, as plain bytes. Picklable.
-
-    Extents are numbered in the order of their rows, and so are files.
-    """
+class Borders(Protocol):
+    """Rows of the extents of a matrix. Extents are numbered in the order of their rows, and so are files."""
 
     @property
     def file_extents(self) -> int:
-        """Extents of one file."""
+        """Extents of one file or key."""
 
     def find(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Extent that holds each row."""
 
     def first_rows(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
         """First row of each extent, which is the one after the last row of the extent before."""
+
+
+class Extents(Borders, Protocol):
+    """Files of which each holds the rows of one extent, or of several, as plain bytes. Picklable."""
 
     def path(self, number: int) -> str:
         """Path of a file."""
@@ -123,70 +70,35 @@ class Extents(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
-    """The chunk or shard files of a Zarr array in a local folder; the first axis of their grid runs along the rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files(Chunks):
+    """Chunks or shards in a local folder."""
 
     root: str
     prefix: str
     separator: str
-    grid: tuple[int, ...]
-    """Files along each axis."""
-    file_rows: int
-    """Rows of one file; the last one is padded to as many."""
-    chunk_rows: int
-    """Rows of one chunk, or inner chunk of a shard."""
-    chunk_nbytes: int | None
-    """Size of a chunk, its checksum included, where the codecs fix it."""
-    nbytes: int | None
-    """Size of a file where the codecs fix it."""
-    index: ShardIndex | None
-    """Where the files are shards."""
 
-    @property
-    def file_extents(self) -> int:
-        """Chunks of one file."""
-        return self.file_rows // self.chunk_rows
-
-    def find(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Chunk that holds each row."""
-        return rows // self.chunk_rows
-
-    def first_rows(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """First row of each chunk."""
-        return extents * self.chunk_rows
+    def path(self, number: int, columns: tuple[int, ...] | None = None) -> str:
+        """Path of a file; see `Chunks.path`."""
+        rest = (0,) * (len(self.grid) - 1) if columns is None else columns
+        return f"{self.root}/{self.prefix}{self.separator.join(map(str, (number, *rest)))}"
 
     def locate(self, fd: int, number: int, extents: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """Byte at which chunks begin; see `Extents.locate`."""
         if self.index is None:
             return np.zeros(len(extents), np.int64), 0
-        path = self.path(number)
-        index = self.index.read(fd, self.name(path, number))
-        wrong = np.flatnonzero(index[extents, 1] != self.chunk_nbytes)
-        if len(wrong):
-            chunk = int(extents[wrong[0]])
-            first = number * self.file_rows + chunk * self.chunk_rows
-            nbytes = index[chunk, 1]
-            state = "is absent" if nbytes < 0 else f"has {nbytes} bytes instead of {self.chunk_nbytes}"
-            raise IntegrityError(
-                f"every chunk is there, whole; inner chunk {chunk} of {path} (rows {first} to "
-                f"{first + self.chunk_rows - 1}) {state}; restore the shard"
-            )
-        return index[extents, 0], self.index.nbytes
+        index = self.index.read(fd, self.name(self.path(number), number))
+        return self.offsets(index, number, extents), self.index.nbytes
 
-    def path(self, number: int, columns: tuple[int, ...] | None = None) -> str:
-        """Path of the file that holds rows [number * file_rows, (number + 1) * file_rows)."""
-        rest = (0,) * (len(self.grid) - 1) if columns is None else columns
-        return f"{self.root}/{self.prefix}{self.separator.join(map(str, (number, *rest)))}"
-
-    def paths(self, number: int) -> Iterator[str]:
-        """All files that hold those rows: more than one where columns are chunked, too."""
-        for columns in self.columns():
-            yield self.path(number, columns)
-
-    def columns(self) -> Iterator[tuple[int, ...]]:
-        """Positions in the grid of the files that hold the same rows."""
-        return itertools.product(*map(range, self.grid[1:]))
+    def read_indexes(self, files: Iterable[tuple[str, int]]) -> Iterator[NDArray[np.int64]]:
+        """Yield the index of each shard, of its path and number; see `ShardIndex.parse`."""
+        assert self.index is not None
+        for path, number in files:
+            fd = open_file(path, self.name(path, number))
+            try:
+                yield self.index.read(fd, self.name(path, number))
+            finally:
+                os.close(fd)
 
     def count(self) -> tuple[int, int, int]:
         """Files that are there, those there should be, and the bytes that the former take: a stat each."""
@@ -198,7 +110,7 @@ class Files:
                     present += 1
         return present, math.prod(self.grid), nbytes
 
-    def check(self, number: int) -> None:
+    def check(self, numbers: NDArray[np.int64]) -> None:
         """Check that the files of these rows are there, with the size that their codecs fix.
 
         Raises
@@ -206,30 +118,16 @@ class Files:
         IntegrityError
             Naming the file and its rows.
         """
-        for path in self.paths(number):
-            problem = self._problem(path)
-            if problem:
-                raise IntegrityError(f"every chunk is there, whole; {self.name(path, number)} {problem}; restore it")
-
-    def name(self, path: str, number: int) -> str:
-        """Path and rows of a file, for messages."""
-        return f"{path} (rows {number * self.file_rows} to {(number + 1) * self.file_rows - 1})"
+        for number in numbers.tolist():
+            for path in self.paths(number):
+                self.refuse(path, number, self._problem(path))
 
     def _problem(self, path: str) -> str:
         try:
             status = Path(path).stat()
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-        if not stat.S_ISREG(status.st_mode):
-            return "is no file"
-        if self.nbytes is None:
-            return "" if status.st_size else "is empty"
-        if status.st_size == self.nbytes:
-            return ""
-        if self.index is not None and status.st_size >= self.index.nbytes:
-            # Other writers leave out inner chunks that hold only the fill value; their index is read with the rows.
-            return ""
-        return f"has {status.st_size} bytes instead of {self.nbytes}"
+        return self.size_problem(status.st_size) if stat.S_ISREG(status.st_mode) else "is no file"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,9 +187,9 @@ class PlainFiles:
         rows = int(np.diff(self.borders)[there].sum())
         return int(there.sum()), len(there), rows * self.row_nbytes
 
-    def check(self, number: int) -> None:
+    def check(self, numbers: NDArray[np.int64]) -> None:
         """Raise IntegrityError unless every file is as it was when the matrix was opened: a stat each."""
-        assert number == 0
+        assert not numbers.any()
         for stamp in self.stamps:
             stamp.check()
 
@@ -300,21 +198,21 @@ class PlainFiles:
 class Layout:
     """What one read must touch, and which reader serves it."""
 
-    reader: Literal["direct", "decoded"]
-    """`direct`: any run of rows lies as plain bytes in local files. `decoded`: chunks are decoded whole, by zarr."""
+    reader: Literal["direct", "ranged", "decoded"]
+    """`direct`: any run of rows lies as plain bytes in local files. `ranged`: the same under keys of any other store.
+    `decoded`: chunks are decoded whole, by zarr."""
     chunk_rows: int
     """Rows of one chunk, or inner chunk of a shard: what has one checksum or is decoded together; all rows of a matrix
     that is read in place."""
     shard_rows: int | None
     """Rows of one shard."""
     chunk_checksum: bool
-    """Four bytes of crc32c follow each chunk (`direct` only)."""
+    """Four bytes of crc32c follow each chunk (not `decoded`)."""
     byteorder: Literal["little", "big"]
     """As stored; values are delivered in native order."""
     codecs: tuple[str, ...]
     """Names, in the order of encoding, inner ones for shards."""
-    files: Files | PlainFiles | None
-    """None where the store is no local folder."""
+    files: Files | Keys | PlainFiles
 
     @property
     def file_rows(self) -> int:
@@ -332,9 +230,9 @@ def read_layout(array: zarr.Array[Any]) -> Layout:
     if plain:
         nbytes = chunk_nbytes * (index.chunks if index else 1) + (index.nbytes if index else 0)
     files = _files(array, outer, nbytes, chunk_nbytes if plain else None, index)
-    direct = plain and whole_rows and files is not None and byteorder == "little"
+    in_rows: Literal["direct", "ranged"] = "direct" if isinstance(files, Files) else "ranged"
     return Layout(
-        reader="direct" if direct else "decoded",
+        reader=in_rows if plain and whole_rows and byteorder == "little" else "decoded",
         chunk_rows=inner[0],
         shard_rows=array.shards[0] if array.shards else None,
         chunk_checksum=checksum,
@@ -386,16 +284,23 @@ def _files(
     nbytes: int | None,
     chunk_nbytes: int | None,
     index: ShardIndex | None,
-) -> Files | None:
+) -> Files | Keys:
     from zarr.storage import LocalStore
 
-    if type(array.store) is not LocalStore:
-        return None
-    root = str(array.store.root / array.path) if array.path else str(array.store.root)
     grid = tuple(-(-size // chunk) for size, chunk in zip(array.shape, outer, strict=True))
     last = tuple(count - 1 for count in grid)
-    for prefix, separator in (("c/", "/"), ("c.", "."), ("", "/"), ("", ".")):
-        files = Files(root, prefix, separator, grid, outer[0], array.chunks[0], chunk_nbytes, nbytes, index)
-        if files.path(last[0], last[1:]) == f"{root}/{array.metadata.encode_chunk_key(last)}":
-            return files
-    return None
+    fixed: dict[str, Any] = {
+        "grid": grid,
+        "file_rows": outer[0],
+        "chunk_rows": array.chunks[0],
+        "chunk_nbytes": chunk_nbytes,
+        "nbytes": nbytes,
+        "index": index,
+    }
+    if type(array.store) is LocalStore:
+        root = str(array.store.root / array.path) if array.path else str(array.store.root)
+        for prefix, separator in (("c/", "/"), ("c.", "."), ("", "/"), ("", ".")):
+            files = Files(root=root, prefix=prefix, separator=separator, **fixed)
+            if files.path(last[0], last[1:]) == f"{root}/{array.metadata.encode_chunk_key(last)}":
+                return files
+    return Keys(array=array, **fixed)

@@ -97,9 +97,6 @@ class Matrix:
 
     def count_files(self) -> tuple[int, int, int]:
         """Files of the matrix that are there, those there should be, and the bytes that the former take."""
-        if self.layout.files is None:
-            assert self.array is not None
-            return self.array.nchunks_initialized, self.array.nchunks, self.array.nbytes_stored()
         return self.layout.files.count()
 
     def facts(self) -> dict[str, str]:

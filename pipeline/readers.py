@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.decoding import copy_runs, decoding_reader, touched_units
-from pipeline.layout import CHECKSUM_NBYTES, Extents, PlainFiles
-from pipeline.plan import is_dense, joins
-from pipeline.preads import Reading, announce, open_file, read_fully
+from pipeline.chunks import CHECKSUM_NBYTES
+from pipeline.decoding import decoding_reader, touched_units
+from pipeline.keys import Keys
+from pipeline.layout import Extents, Files, PlainFiles
+from pipeline.pieces import cut_pieces, read_by_runs
+from pipeline.preads import announce, open_file, read_fully
+from pipeline.ranged import RangedReader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.matrix import Matrix
+    from pipeline.pieces import Pieces
+    from pipeline.preads import Reading
 
 _OPEN_FILES = 64
 """Files that one task holds open at once; many tasks share a limit of 1,024."""
@@ -61,8 +66,10 @@ class Reader(Protocol):
 def choose_reader(matrix: Matrix, *, row: int) -> Reader:
     """Return the reader that serves the matrix's layout; it may read the chunk of `row`, to see that it can."""
     layout = matrix.layout
-    if isinstance(layout.files, PlainFiles) or (layout.reader == "direct" and layout.files is not None):
+    if isinstance(layout.files, PlainFiles) or (layout.reader == "direct" and isinstance(layout.files, Files)):
         return DirectReader(layout.files, matrix.row_nbytes, CHECKSUM_NBYTES if layout.chunk_checksum else 0)
+    if layout.reader == "ranged" and isinstance(layout.files, Keys):
+        return RangedReader(layout.files, matrix.row_nbytes)
     assert matrix.array is not None
     return decoding_reader(matrix.array, layout.files, layout.chunk_rows, matrix.row_nbytes, row=row)
 
@@ -83,27 +90,14 @@ class DirectReader:
         self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]
     ) -> Reading:
         """Read windows; see `Reader.read_windows`."""
-        ascending = np.argsort(starts, kind="stable")
-        starts, places = starts[ascending], places[ascending]
-        joined = joins(starts, length, self.row_nbytes)
-        if not is_dense(joined):
-            return Reading(self._read_runs(starts, np.full(len(starts), length), places * length, out), 0.0)
-        # Windows overlap or nearly touch: each row is read once, and windows are copied in memory.
-        begins = np.flatnonzero(np.r_[True, ~joined])
-        first, rows = starts[begins], starts[np.r_[begins[1:], len(starts)] - 1] + length - starts[begins]
-        offsets = np.cumsum(rows) - rows
-        scratch = np.empty((int(rows.sum()), *out.shape[2:]), out.dtype)
-        nbytes_read = self._read_runs(first, rows, offsets, scratch)
-        span = np.cumsum(np.r_[True, ~joined]) - 1
-        copy_runs(scratch, starts - first[span] + offsets[span], length, out, places)
-        return Reading(nbytes_read, 0.0)
+        return read_by_runs(self._read_runs, starts, length, out, places, row_nbytes=self.row_nbytes)
 
     def _read_runs(
         self, first: NDArray[np.int64], rows: NDArray[np.int64], targets: NDArray[np.int64], out: NDArray[Any]
     ) -> int:
         """Read matrix rows [first[i], first[i] + rows[i]) to row `targets[i]` of `out`, counted through its windows."""
         target = memoryview(out.reshape(-1).view(np.uint8))
-        pieces = self._pieces(first, rows, targets)
+        pieces = cut_pieces(self.files, self.row_nbytes, first, rows, targets)
         nbytes_read = 0
         borders = np.flatnonzero(np.diff(pieces.file)) + 1
         edges = [0, *borders.tolist(), len(pieces.file)]
@@ -112,29 +106,7 @@ class DirectReader:
             nbytes_read += self._read_files(pieces, spans, target)
         return nbytes_read
 
-    def _pieces(self, starts: NDArray[np.int64], rows: NDArray[np.int64], targets: NDArray[np.int64]) -> _Pieces:
-        """Cut runs of rows, by ascending start, at the borders of extents."""
-        first = self.files.find(starts)
-        counts = self.files.find(starts + (rows - 1)) - first + 1
-        window = np.repeat(np.arange(len(starts)), counts)
-        step = np.arange(len(window)) - np.repeat(np.cumsum(counts) - counts, counts)
-        extent = first[window] + step
-        first_row = self.files.first_rows(extent)
-        row = np.maximum(starts[window], first_row)
-        stop = np.minimum((starts + rows)[window], self.files.first_rows(extent + 1))
-        pieces = _Pieces(
-            file=extent // self.files.file_extents,
-            extent=extent % self.files.file_extents,
-            offset=(row - first_row) * self.row_nbytes,
-            nbytes=(stop - row) * self.row_nbytes,
-            target=((targets - starts)[window] + row) * self.row_nbytes,
-        )
-        if (np.diff(pieces.file) < 0).any():
-            # Windows that cross into the next file, followed by windows that begin in this one.
-            pieces = pieces.take(np.argsort(pieces.file, kind="stable"))
-        return pieces
-
-    def _read_files(self, pieces: _Pieces, spans: list[tuple[int, int]], target: memoryview) -> int:
+    def _read_files(self, pieces: Pieces, spans: list[tuple[int, int]], target: memoryview) -> int:
         nbytes_read = 0
         with ExitStack() as opened:
             requests = []
@@ -186,25 +158,8 @@ type _Call = tuple[int, int, list[memoryview]]
 """Offset in the file, bytes in all, and the buffers that they go to, one after the other."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """Parts of windows that lie in one extent each: five (p,) int64 arrays."""
-
-    file: NDArray[np.int64]
-    extent: NDArray[np.int64]
-    """Extent within its file."""
-    offset: NDArray[np.int64]
-    """First byte within its extent."""
-    nbytes: NDArray[np.int64]
-    target: NDArray[np.int64]
-    """First byte in the destination."""
-
-    def take(self, order: NDArray[np.int64]) -> _Pieces:
-        return _Pieces(*(getattr(self, name)[order] for name in self.__slots__))
-
-
 def check_files(matrix: Matrix, starts: NDArray[np.int64], length: int) -> None:
-    """Check, a stat each, that every file that the windows touch is there with its size.
+    """Check, a stat each or by listing, that every file that the windows touch is there with its size.
 
     Parameters
     ----------
@@ -217,11 +172,8 @@ def check_files(matrix: Matrix, starts: NDArray[np.int64], length: int) -> None:
         Naming the first file that is not, and its rows.
     """
     files = matrix.layout.files
-    if files is None:
-        return
     first, last = starts // files.file_rows, (starts + (length - 1)) // files.file_rows
-    for number in touched_units(*_distinct(first, last)).tolist():
-        files.check(number)
+    files.check(touched_units(*_distinct(first, last)))
 
 
 def _distinct(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -102,7 +102,6 @@ def write_entries(array: zarr.Array[Any], first: int, block: NDArray[Any]) -> No
         If the disk is full.
     """
     layout = read_layout(array)
-    assert layout.files is not None
     try:
         array[first : first + len(block)] = block
         for number in range(first // layout.file_rows, -(-(first + len(block)) // layout.file_rows)):

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
+import obstore.store
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore, ObjectStore
 
 import pipeline
 
@@ -107,3 +110,34 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path, NDArray[Any]], None]]] = {
     "npy": ("direct", _npy),
     "hdf5": ("direct", _hdf5),
 }  # fmt: skip
+
+
+def in_memory(path: Path) -> MemoryStore:
+    """A folder's files as the keys of a store in memory."""
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return MemoryStore(
+        {str(file.relative_to(path)): cpu.Buffer.from_bytes(file.read_bytes()) for file in files}, read_only=True
+    )
+
+
+def as_objects(path: Path) -> ObjectStore[Any]:
+    """A folder through obstore, as a bucket is read."""
+    return ObjectStore(obstore.store.LocalStore(path), read_only=True)
+
+
+STORES: dict[str, Callable[[Path], Any]] = {"memory": in_memory, "objects": as_objects}
+
+READERS: dict[str, str] = {
+    **{name: reader for name, (reader, _) in LAYOUTS.items()},
+    **{f"{name}@objects": "ranged" for name, (reader, _) in LAYOUTS.items() if reader == "direct" and name not in {"npy", "hdf5"}},
+    **dict.fromkeys(["default@memory", "plain@memory", "zarr-index-first@memory", "v2@memory"], "ranged"),
+    **dict.fromkeys(["zstd@objects", "columns-shards@objects", "zarr-shard-gzip@memory", "big-endian@objects"], "decoded"),
+}  # fmt: skip
+"""The reader that must serve each layout, and each layout in another store."""
+
+
+def open_layout(folder: Path, name: str) -> pipeline.Matrix:
+    """Open `folder/name.zarr`, or, with a name such as `shards@objects`, the same through another store."""
+    layout, _, store = name.partition("@")
+    path = folder / f"{layout}.zarr"
+    return pipeline.open_matrix(zarr.open_array(STORES[store](path), mode="r") if store else path)

@@ -22,8 +22,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec
 
 import pipeline
 from pipeline import decoding, readers, staging
-from pipeline.tasks import open_run, writing
-from tests.layouts import LAYOUTS, ROWS, distinct, stack
+from pipeline.runs import open_run, writing
+from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
 
 STARTS = [0, 195, 3, 3, 100, 8, 9, 10, 7, 64, 31, 32, 60, 150, 151, 152, 1, 195, 16, 17]
 LENGTH = 16
@@ -44,9 +44,9 @@ def matrices(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=READERS)
 def matrix(request, matrices):
-    return pipeline.open_matrix(matrices / f"{request.param}.zarr")
+    return open_layout(matrices, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +76,14 @@ def any_scheduler(request):
 
 
 def test_the_layout_chooses_the_reader(matrices):
-    chosen = {name: pipeline.open_matrix(matrices / f"{name}.zarr").layout.reader for name in LAYOUTS}
-    assert chosen == {name: reader for name, (reader, _) in LAYOUTS.items()}
+    assert {name: open_layout(matrices, name).layout.reader for name in READERS} == READERS
 
 
 @pytest.fixture(params=["spans", "windows"])
 def density(request, monkeypatch):
     """Rows so short make every request a dense one: the other way of reading has its turn, too."""
     if request.param == "windows":
-        for module in ("plan", "readers"):
+        for module in ("plan", "pieces"):
             monkeypatch.setattr(f"pipeline.{module}.is_dense", lambda joined: np.zeros(joined.shape[:-1], bool))
 
 
@@ -118,9 +117,9 @@ def cut_small(monkeypatch):
 
 
 @pytest.mark.usefixtures("cut_small")
-@pytest.mark.parametrize("name", ["shards", "zstd"])
+@pytest.mark.parametrize("name", ["shards", "shards@objects", "zstd"])
 def test_every_scheduler_and_sink(any_scheduler, name, matrices, tmp_path):
-    matrix = pipeline.open_matrix(matrices / f"{name}.zarr")
+    matrix = open_layout(matrices, name)
     plan = pipeline.plan_windows(matrix, STARTS, length=LENGTH)
     assert plan.chunk.tasks == 7
     expected = stack(distinct(), STARTS, LENGTH)
@@ -162,16 +161,14 @@ def test_multiprocessing_scheduler_of_dask(matrices):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_request_of_any_layout(matrices, data):
-    name = data.draw(st.sampled_from(list(LAYOUTS)))
+    name = data.draw(st.sampled_from(list(READERS)))
     length = data.draw(st.integers(1, ROWS) | st.sampled_from([1, 4, 16, 24, 32, ROWS]))
     starts = data.draw(st.lists(st.integers(0, ROWS - length), min_size=1, max_size=40))
     dtype = data.draw(st.sampled_from(["u1", "i2", "i8", "u8"]))
     gap = data.draw(st.sampled_from([0, 240, 8192]))
-    plan = pipeline.plan_windows(
-        pipeline.open_matrix(matrices / f"{name}.zarr"), np.array(starts).astype(dtype), length=length
-    )
+    plan = pipeline.plan_windows(open_layout(matrices, name), np.array(starts).astype(dtype), length=length)
     with dask.config.set(scheduler="synchronous"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.plan._GAP_NBYTES", gap)
+        patch.setattr("pipeline.plan.GAP_NBYTES", gap)
         windows = pipeline.gather(plan)
     np.testing.assert_array_equal(windows, stack(distinct(), starts, length), strict=True)
 
@@ -236,22 +233,55 @@ def test_chunks_are_decoded_alone_where_they_can_be(matrices):
 def test_a_decoder_that_does_not_agree_with_zarr_is_not_used(matrices, monkeypatch):
     """As if another release of zarr decoded a chunk in another way when it is asked for it alone."""
     real = decoding.chunk_decoder
-    monkeypatch.setattr(decoding, "chunk_decoder", lambda array: lambda encoded: real(array)(encoded)[::-1])
+
+    def reversed_decoder(array):
+        def decode(encoded, into):
+            real(array)(encoded, into)
+            into[...] = into[::-1].copy()
+
+        return decode
+
+    monkeypatch.setattr(decoding, "chunk_decoder", reversed_decoder)
     matrix = pipeline.open_matrix(matrices / "zstd.zarr")
     plan = pipeline.plan_windows(matrix, STARTS, length=LENGTH)
     np.testing.assert_array_equal(pipeline.gather(plan), stack(distinct(), STARTS, LENGTH))
 
 
 @pytest.mark.usefixtures("density")
-def test_bytes_read_are_those_planned(matrix):
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader != "decoded"])
+def test_bytes_read_are_those_planned(name, matrices):
+    matrix = open_layout(matrices, name)
     plan = pipeline.plan_windows(matrix, STARTS, length=LENGTH)
-    reader = readers.choose_reader(matrix, row=0)
-    out = np.empty((len(STARTS), *plan.window_shape))
-    read = reader.read_windows(plan.starts, LENGTH, out, np.arange(len(STARTS))).nbytes
+    read, decode_seconds = read_all(plan)
     assert plan.chunk.tasks == 1
-    skipped = 4 * (plan.chunk.chunks - 1) if matrix.layout.chunk_checksum and matrix.layout.reader == "direct" else 0
-    assert plan.chunk.nbytes_read <= read <= plan.chunk.nbytes_read + len(STARTS) * skipped
-    assert skipped or read == plan.chunk.nbytes_read
+    checksums = 4 * len(STARTS) * plan.chunk.chunks if matrix.layout.chunk_checksum else 0
+    assert plan.chunk.nbytes_read <= read <= plan.chunk.nbytes_read + checksums
+    assert decode_seconds == 0
+
+
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader == "decoded"])
+def test_bytes_read_to_decode_are_those_of_storage(name, matrices):
+    plan = pipeline.plan_windows(open_layout(matrices, name), STARTS, length=LENGTH)
+    read, decode_seconds = read_all(plan)
+    files = plan.matrix.layout.files
+    rows = {row // files.file_rows for start in STARTS for row in range(start, start + LENGTH)}
+    folder = matrices / f"{name.partition('@')[0]}.zarr"
+    stored = sum((folder / path).stat().st_size for number in rows for path in files.paths(number))
+    if plan.matrix.layout.shard_rows is None:
+        assert read == stored
+    else:
+        # The index is read again by zarr; where only zarr can read it, so is all, with another fill value.
+        assert 0.2 * stored < read <= 2 * stored
+    assert decode_seconds > 0
+
+
+def read_all(plan):
+    """Bytes and seconds, after a look at the values."""
+    out = np.empty((len(plan), *plan.window_shape))
+    reader = readers.choose_reader(plan.matrix, row=0)
+    reading = reader.read_windows(plan.starts, plan.length, out, np.arange(len(plan)))
+    np.testing.assert_array_equal(out, stack(distinct(), plan.starts, plan.length))
+    return reading
 
 
 def test_rows_that_windows_share_are_read_once(matrices):
@@ -276,7 +306,7 @@ def test_planning_reads_no_data(matrices, monkeypatch):
 
 
 def test_short_reads_are_continued(matrices, monkeypatch):
-    monkeypatch.setattr("pipeline.readers.is_dense", lambda joined: False)
+    monkeypatch.setattr("pipeline.pieces.is_dense", lambda joined: False)
     real = os.preadv
     calls = []
 
@@ -292,7 +322,7 @@ def test_short_reads_are_continued(matrices, monkeypatch):
 
 
 def test_many_files_are_open_at_once_only_within_bounds(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.readers.is_dense", lambda joined: False)
+    monkeypatch.setattr("pipeline.pieces.is_dense", lambda joined: False)
     a = distinct(300, (2,))
     np.save(tmp_path / "A.npy", a)
     matrix = pipeline.create_matrix(tmp_path / "A.npy", tmp_path / "A.zarr", shard_rows=0, chunk_rows=1)
