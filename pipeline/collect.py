@@ -13,30 +13,24 @@ from pipeline.cluster import check_client
 from pipeline.errors import InputError
 from pipeline.readers import check_files
 from pipeline.report import Watch
-from pipeline.staging import check_apart, check_destination, stage_file
-from pipeline.tasks import (
-    Apply,
-    Receipt,
-    Work,
+from pipeline.runs import (
     active_client,
     close_run,
     count_threads,
     fit_memory,
-    make_block,
-    name_tasks,
     open_run,
-    prepare_work,
-    read_windows,
     run_tasks,
     shares_memory,
     writing,
 )
+from pipeline.staging import check_apart, check_destination, stage_file
+from pipeline.tasks import Apply, Receipt, Work, make_block, name_tasks, prepare_work, read_windows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.plan import Cost, Plan, Task
-    from pipeline.tasks import Footprint
+    from pipeline.runs import Footprint
 
 
 _destinations: dict[str, NDArray[Any]] = {}
@@ -171,12 +165,16 @@ class Gathering:
         return out
 
     def _fill(self, out: NDArray[Any], watch: Watch, at_once: int) -> None:
+        client = active_client()
         with open_run() as run:
             _destinations[run] = out
             try:
-                tasks = name_tasks("read", place_block, ((self.work, task, run) for task in self.plan.tasks("chunk")))
+                placed = shares_memory(client) and self.work.apply is None
+                windows = self.plan.fit_tasks(threads=count_threads(client), placed=placed)
+                cut = self.plan.tasks("chunk", windows=windows)
+                tasks = name_tasks("read", place_block, ((self.work, task, run) for task in cut))
                 watch.begin(len(tasks), len(self.plan), out.nbytes)
-                for result in run_tasks(tasks, at_once=at_once, results_travel=not shares_memory(active_client())):
+                for result in run_tasks(tasks, at_once=at_once, results_travel=not shares_memory(client)):
                     if isinstance(result, Receipt):
                         watch.task_done(result)
                     else:

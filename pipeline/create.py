@@ -15,21 +15,12 @@ from pipeline.errors import InputError
 from pipeline.matrix import ATTRIBUTE, Matrix, html_table, local_folder, open_matrix
 from pipeline.memory import budget, parse_size
 from pipeline.report import Watch
+from pipeline.runs import Footprint, active_client, count_threads, fit_memory, open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, create_array, cut_rows, write_entries
 from pipeline.sizes import count_of, format_size
 from pipeline.sources import Source, open_source
 from pipeline.staging import check_apart, check_destination, stage_folder
-from pipeline.tasks import (
-    Footprint,
-    Receipt,
-    active_client,
-    count_threads,
-    fit_memory,
-    name_tasks,
-    open_run,
-    run_tasks,
-    writing,
-)
+from pipeline.tasks import Receipt, name_tasks
 
 if TYPE_CHECKING:
     import zarr

@@ -6,40 +6,48 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.decoders import chunk_decoder
 from pipeline.errors import IntegrityError
-from pipeline.plan import READ_NBYTES
+from pipeline.layout import Files
+from pipeline.plan import GAP_NBYTES, READ_NBYTES
 from pipeline.preads import Reading, announce, open_file, read_fully
 from pipeline.sources import read_present
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.layout import Files
+    from pipeline.keys import Keys
 
 _OPEN_FILES = 64
 """Files that one task holds open at once; many tasks share a limit of 1,024."""
+_RUN_NBYTES = 2**20
+"""Decoded bytes of adjacent chunks that are held before their windows are copied: they should stay in the cache."""
+_CALL_NBYTES = 2**20
+"""Encoded bytes of chunks that follow each other in a file, read in one call."""
 _COPIED_NBYTES = 2**20
 """Bytes of windows that are copied in one call: they pass through a temporary that should stay in the cache."""
 _FEW_COPIES = 8
 """Up to as many windows are copied one by one; more at once, which costs a second copy."""
+_LARGE_NBYTES = 16 * 1024
+"""Windows of as many bytes are copied one by one, too: a second copy of them costs more than a call."""
 
 
 def decoding_reader(
-    array: zarr.Array[Any], files: Files | None, chunk_rows: int, row_nbytes: int, *, row: int
+    array: zarr.Array[Any], files: Files | Keys, chunk_rows: int, row_nbytes: int, *, row: int
 ) -> ChunkReader | ArrayReader:
     """Return the reader that decodes an array's chunks; reads the one of `row`, to see that it can."""
     whole_rows = all(chunk >= size for chunk, size in zip(array.chunks[1:], array.shape[1:], strict=True))
-    known = files is not None and (array.shards is None or files.index is not None)
+    known = array.shards is None or files.index is not None
     through_array = ArrayReader(array, chunk_rows, row_nbytes, files)
-    if files is None or not known or not whole_rows or chunk_decoder(array) is None:
+    if not isinstance(files, Files) or not known or not whole_rows or chunk_decoder(array) is None:
         return through_array
     reader = ChunkReader(array, files, chunk_rows, row_nbytes)
     # Decoding a chunk alone is no public part of zarr: before it is trusted with all windows, both ways must agree.
@@ -50,12 +58,9 @@ def decoding_reader(
     return reader if sample[0].tobytes() == sample[1].tobytes() else through_array
 
 
-type Decode = Callable[[bytearray], NDArray[Any]]
-
-
 @dataclass(frozen=True, slots=True)
 class ChunkReader:
-    """Chunks of whole rows in local files: read by their bytes, decoded by zarr's codecs in the calling thread.
+    """Chunks of whole rows in local files: read by their bytes, decoded in the calling thread.
 
     Zarr's own way to an array goes through one event-loop thread, and through one call for each run of adjacent
     chunks. Here every thread of Dask decodes for itself, and the kernel knows all ranges of the task beforehand.
@@ -76,28 +81,40 @@ class ChunkReader:
         assert decode is not None
         rows = self.array.shape[0]
         inside = tuple(slice(size) for size in self.array.shape[1:])
-        bounds = windows.bounds(touched * self.chunk_rows, (touched + 1) * self.chunk_rows)
-        decode_seconds = 0.0
-        for bound, (chunk, encoded, name) in zip(bounds, self._read_chunks(touched), strict=True):
-            first = chunk * self.chunk_rows
-            begin = time.perf_counter()
-            try:
-                decoded = decode(encoded)[: rows - first, *inside]
-            except MemoryError:
-                raise
-            except Exception as error:  # a codec raises what it likes
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise IntegrityError(f"every chunk can be decoded; {name}: {reason}; restore it") from error
-            decode_seconds += time.perf_counter() - begin
-            windows.copy(decoded, first, bound)
-        return Reading(len(touched) * self.chunk_rows * self.row_nbytes, decode_seconds)
+        runs = _cut_runs(touched, max(1, _RUN_NBYTES // (self.chunk_rows * self.row_nbytes)))
+        first_rows = np.array([run[0] for run in runs]) * self.chunk_rows
+        bounds = windows.bounds(first_rows, np.array([run[-1] + 1 for run in runs]) * self.chunk_rows)
+        most = max(map(len, runs))
+        scratch = np.empty((most, *self.array.chunks), out.dtype)
+        nbytes_read, decode_seconds = 0, 0.0
+        chunks = self._read_chunks(touched)
+        for run, bound in zip(runs, bounds, strict=True):
+            for decoded, (encoded, spent, chunk, name) in zip(scratch, islice(chunks, len(run)), strict=False):
+                nbytes_read += spent
+                begin = time.perf_counter()
+                try:
+                    decode(encoded, decoded)
+                except MemoryError:
+                    raise
+                except Exception as error:  # a codec raises what it likes
+                    reason = " ".join(str(error).split())[:300] or type(error).__name__
+                    raise IntegrityError(
+                        f"every chunk can be decoded; {self._name(name, chunk)}: {reason}; restore it"
+                    ) from error
+                decode_seconds += time.perf_counter() - begin
+            first = int(run[0]) * self.chunk_rows
+            decoded_rows = scratch[: len(run)].reshape(-1, *self.array.chunks[1:])
+            windows.copy(decoded_rows[: rows - first, *inside], first, bound)
+        return Reading(nbytes_read, decode_seconds)
 
-    def _read_chunks(self, touched: NDArray[np.int64]) -> Iterator[tuple[int, bytearray, str]]:
-        """Yield the number, the encoded bytes and the name of each chunk, some files at a time."""
+    def _read_chunks(self, touched: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.uint8], int, int, str]]:
+        """Yield each chunk's encoded bytes, which hold until the next one; bytes read for it; its number and file."""
         chunks_per_file = self.files.file_rows // self.chunk_rows
         numbers = touched // chunks_per_file
         borders = np.flatnonzero(np.diff(numbers)) + 1
         edges = [0, *borders.tolist(), len(touched)]
+        buffer = np.empty(0, np.uint8)
+        spent = 0
         for group in range(0, len(edges) - 1, _OPEN_FILES):
             stops = edges[group : group + _OPEN_FILES + 1]
             with ExitStack() as opened:
@@ -108,31 +125,62 @@ class ChunkReader:
                     name = self.files.name(path, number)
                     fd = open_file(path, name)
                     opened.callback(os.close, fd)
-                    ranges = self._ranges(fd, touched[begin:end] - number * chunks_per_file, number, name)
-                    announce(fd, ranges)
-                    found.append((fd, name, touched[begin:end].tolist(), ranges))
-                for fd, name, chunks, ranges in found:
-                    for chunk, (offset, nbytes) in zip(chunks, ranges, strict=True):
-                        encoded = bytearray(nbytes)
-                        read_fully(fd, [memoryview(encoded)], offset, nbytes, name)
-                        yield chunk, encoded, self._name(name, chunk)
+                    ranges, index_nbytes = self._ranges(fd, touched[begin:end] - number * chunks_per_file, number, name)
+                    spent += index_nbytes
+                    calls = _join_ranges(touched[begin:end].tolist(), ranges)
+                    announce(fd, ((offset, nbytes) for offset, nbytes, _ in calls))
+                    found.append((fd, name, calls))
+                for fd, name, calls in found:
+                    for offset, nbytes, chunks in calls:
+                        if nbytes > len(buffer):
+                            buffer = np.empty(nbytes, np.uint8)
+                        read_fully(fd, [memoryview(buffer[:nbytes])], offset, nbytes, name)
+                        spent += nbytes
+                        for chunk, begin, end in chunks:
+                            yield buffer[begin:end], spent, chunk, name
+                            spent = 0
 
-    def _ranges(self, fd: int, chunks: NDArray[np.int64], number: int, name: str) -> list[tuple[int, int]]:
-        """Offset and size of chunks within their file."""
+    def _ranges(self, fd: int, chunks: NDArray[np.int64], number: int, name: str) -> tuple[list[tuple[int, int]], int]:
+        """Offset and size of chunks within their file, and the bytes that were read to know them."""
         if self.files.index is None:
-            return [(0, os.fstat(fd).st_size)]
+            return [(0, os.fstat(fd).st_size)], 0
         index = self.files.index.read(fd, name)[chunks]
         absent = np.flatnonzero(index[:, 1] < 0)
         if len(absent):
             chunk = number * (self.files.file_rows // self.chunk_rows) + int(chunks[absent[0]])
             raise IntegrityError(f"every chunk is there; {self._name(name, chunk)} is absent; restore the shard")
-        return [(offset, nbytes) for offset, nbytes in index.tolist()]
+        return [(offset, nbytes) for offset, nbytes in index.tolist()], self.files.index.nbytes
 
     def _name(self, name: str, chunk: int) -> str:
         if self.files.index is None:
             return name
         first = chunk * self.chunk_rows
         return f"the inner chunk of rows {first} to {first + self.chunk_rows - 1} in {name}"
+
+
+type _Call = tuple[int, int, list[tuple[int, int, int]]]
+"""Offset in the file, bytes in all, and the number of each chunk with its first byte within them and its end."""
+
+
+def _join_ranges(chunks: list[int], ranges: list[tuple[int, int]]) -> list[_Call]:
+    """Join chunks that follow each other in a file, or nearly, into one call each."""
+    calls: list[_Call] = []
+    for chunk, (offset, nbytes) in zip(chunks, ranges, strict=True):
+        if calls:
+            start, total, joined = calls[-1]
+            if 0 <= offset - start - total <= GAP_NBYTES and offset + nbytes - start <= _CALL_NBYTES:
+                joined.append((chunk, offset - start, offset - start + nbytes))
+                calls[-1] = (start, offset + nbytes - start, joined)
+                continue
+        calls.append((offset, nbytes, [(chunk, 0, nbytes)]))
+    return calls
+
+
+def _cut_runs(touched: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
+    """Cut ascending numbers into runs of adjacent ones, of `most` at most."""
+    begins = np.flatnonzero(np.r_[True, np.diff(touched) != 1])
+    within = np.arange(len(touched)) - np.repeat(begins, np.diff(np.r_[begins, len(touched)]))
+    return np.split(touched, np.flatnonzero(within % most == 0)[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,34 +190,35 @@ class ArrayReader:
     array: zarr.Array[Any]
     chunk_rows: int
     row_nbytes: int
-    files: Files | None
+    files: Files | Keys
 
     def read_windows(
         self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]
     ) -> Reading:
         """Read windows; see `Reader.read_windows`."""
+        from pipeline.counting import count_reads
+
         windows = SortedWindows(starts, length, out, places)
         touched = windows.touched(self.chunk_rows)
-        self._check_inner_chunks(touched)
+        index_nbytes = self._check_inner_chunks(touched)
+        array, store = count_reads(self.array)
         most = max(1, READ_NBYTES // (self.chunk_rows * self.row_nbytes))
         breaks = np.flatnonzero(np.diff(touched) != 1) + 1
-        nbytes_read, decode_seconds = 0, 0.0
+        decode_seconds = 0.0
         for run in np.split(touched, breaks):
             for begin in range(0, len(run), most):
                 first = int(run[begin]) * self.chunk_rows
                 stop = (int(run[min(begin + most, len(run)) - 1]) + 1) * self.chunk_rows
-                nbytes_read += (stop - first) * self.row_nbytes
                 began = time.perf_counter()
-                rows = self._decode(first, min(stop, self.array.shape[0]))
+                rows = self._decode(array, first, min(stop, array.shape[0]))
                 decode_seconds += time.perf_counter() - began
                 [bound] = windows.bounds(np.array([first]), np.array([stop]))
                 windows.copy(rows, first, bound)
-        return Reading(nbytes_read, decode_seconds)
+        return Reading(index_nbytes + store.nbytes, decode_seconds)
 
-    def _decode(self, first: int, stop: int) -> NDArray[Any]:
+    def _decode(self, array: zarr.Array[Any], first: int, stop: int) -> NDArray[Any]:
         try:
-            checked = self.files is not None and self.files.index is not None
-            return read_present(self.array, (slice(first, stop),), checked=checked)
+            return read_present(array, (slice(first, stop),), checked=self.files.index is not None)
         except IntegrityError:
             raise
         except MemoryError:
@@ -178,68 +227,36 @@ class ArrayReader:
             if stop - first > self.chunk_rows:
                 # One of several chunks: find it, and name it alone.
                 for row in range(first, stop, self.chunk_rows):
-                    self._decode(row, min(row + self.chunk_rows, stop))
-            name = f"{self.array.store_path} (rows {first} to {stop - 1})"
-            if self.files is not None:
-                name = self.files.name(self.files.path(first // self.files.file_rows), first // self.files.file_rows)
+                    self._decode(array, row, min(row + self.chunk_rows, stop))
+            name = self.files.name(self.files.path(first // self.files.file_rows), first // self.files.file_rows)
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise IntegrityError(f"every chunk is there and can be decoded; {name}: {reason}; restore it") from error
 
-    def _check_inner_chunks(self, touched: NDArray[np.int64]) -> None:
-        """Refuse inner chunks that a shard lacks: zarr would give the fill value for them."""
-        if self.files is None or self.files.index is None:
-            return
+    def _check_inner_chunks(self, touched: NDArray[np.int64]) -> int:
+        """Refuse inner chunks that a shard lacks: zarr would give the fill value for them. Return the bytes read."""
+        if self.files.index is None:
+            return 0
         assert self.array.shards is not None
         chunks_per_file = self.files.file_rows // self.chunk_rows
         grid = [shard // chunk for shard, chunk in zip(self.array.shards, self.array.chunks, strict=True)]
-        for number in np.unique(touched // chunks_per_file).tolist():
+        numbers = np.unique(touched // chunks_per_file).tolist()
+        positions = [(number, columns) for number in numbers for columns in self.files.columns()]
+        shards = [(self.files.path(number, columns), number) for number, columns in positions]
+        for (number, columns), (path, _), index in zip(positions, shards, self.files.read_indexes(shards), strict=True):
             here = touched[touched // chunks_per_file == number] % chunks_per_file
-            for columns in self.files.columns():
-                path = self.files.path(number, columns)
-                absent = (_read_index(self.files, path, number)[:, 1] < 0).reshape(grid)[here]
-                for axis, column in enumerate(columns, start=1):
-                    # Inner chunks beyond the array's edge need not be there.
-                    inside = -(-(self.array.shape[axis] - column * self.array.shards[axis]) // self.array.chunks[axis])
-                    absent = absent.take(range(min(inside, grid[axis])), axis=axis)
-                missing = np.flatnonzero(absent.reshape(len(here), -1).any(axis=1))
-                if len(missing):
-                    first = number * self.files.file_rows + int(here[missing[0]]) * self.chunk_rows
-                    raise IntegrityError(
-                        f"every chunk is there; an inner chunk of {path} (rows {first} to "
-                        f"{first + self.chunk_rows - 1}) is absent; restore the shard"
-                    )
-
-
-def chunk_decoder(array: zarr.Array[Any]) -> Decode | None:
-    """Return a function from a chunk's encoded bytes to its values (chunk_rows, ...), with zarr's own codecs.
-
-    For an array in shards: of an inner chunk. None where zarr cannot decode a chunk without its event loop.
-    """
-    from zarr.codecs import ShardingCodec
-    from zarr.core.array_spec import ArraySpec
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.core.codec_pipeline import FusedCodecPipeline
-    from zarr.core.metadata.v2 import ArrayV2Metadata
-
-    if isinstance(array.metadata, ArrayV2Metadata) and array.metadata.order != "C":
-        return None
-    prototype = default_buffer_prototype()
-    spec = ArraySpec(array.chunks, array.metadata.dtype, array.fill_value, array.config, prototype)
-    pipeline = array.async_array.codec_pipeline
-    if array.shards is not None:
-        [sharding] = array.metadata.codecs if hasattr(array.metadata, "codecs") else [None]
-        if not isinstance(sharding, ShardingCodec):
-            return None
-        pipeline = FusedCodecPipeline.from_codecs(sharding.codecs).evolve_from_array_spec(spec)
-    transform = getattr(pipeline, "sync_transform", None)
-    if transform is None or array.order != "C":
-        return None
-
-    def decode(encoded: bytearray) -> NDArray[Any]:
-        buffer = prototype.buffer.from_array_like(np.frombuffer(encoded, np.uint8))
-        return np.asarray(transform.decode_chunk(buffer, spec).as_numpy_array()).reshape(array.chunks)
-
-    return decode
+            absent = (index[:, 1] < 0).reshape(grid)[here]
+            for axis, column in enumerate(columns, start=1):
+                # Inner chunks beyond the array's edge need not be there.
+                inside = -(-(self.array.shape[axis] - column * self.array.shards[axis]) // self.array.chunks[axis])
+                absent = absent.take(range(min(inside, grid[axis])), axis=axis)
+            missing = np.flatnonzero(absent.reshape(len(here), -1).any(axis=1))
+            if len(missing):
+                first = number * self.files.file_rows + int(here[missing[0]]) * self.chunk_rows
+                raise IntegrityError(
+                    f"every chunk is there; an inner chunk of {path} (rows {first} to "
+                    f"{first + self.chunk_rows - 1}) is absent; restore the shard"
+                )
+        return len(shards) * self.files.index.nbytes
 
 
 class SortedWindows:
@@ -269,7 +286,8 @@ class SortedWindows:
         """Copy matrix rows [first, first + len(rows)) to the windows that `bounds` found for them."""
         low, begin, end, high = bound
         out, length, stop = self._out, self._length, first + len(rows)
-        if end - begin > _FEW_COPIES and rows.dtype == out.dtype:
+        small = end > begin and out[0].nbytes < _LARGE_NBYTES
+        if small and end - begin > _FEW_COPIES and rows.dtype == out.dtype:
             tops = self._starts[begin:end] - first
             copy_runs(np.ascontiguousarray(rows), tops, length, out, self._places[begin:end])
         else:
@@ -301,12 +319,3 @@ def touched_units(first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[
     counts = last - first + 1
     steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.unique(np.repeat(first, counts) + steps)
-
-
-def _read_index(files: Files, path: str, number: int) -> NDArray[np.int64]:
-    assert files.index is not None
-    fd = open_file(path, files.name(path, number))
-    try:
-        return files.index.read(fd, files.name(path, number))
-    finally:
-        os.close(fd)

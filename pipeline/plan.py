@@ -21,11 +21,22 @@ Order = Literal["chunk", "request"]
 
 BLOCK_NBYTES = 64 * MIB
 """A task's windows hold at most as many bytes, unless one window alone holds more."""
-_LEAST_BLOCK_NBYTES = MIB
-_FEWEST_TASKS = 32
-"""As many tasks or more, where blocks do not become too small: what 2 to 16 threads share evenly."""
-_GAP_NBYTES = 8 * 1024
+PLACED_NBYTES = 128 * MIB
+"""The same where a task puts each window straight into its place, and holds none: Dask takes its time for each task."""
+_LEAST_BLOCK_NBYTES = 4 * MIB
+_FEWEST_TASKS = 16
+"""As many tasks or more, where blocks do not become too small: what 2 to 8 threads share evenly. A task costs Dask a
+millisecond or two, which is what reading a block of the least size takes."""
+_TASKS_PER_THREAD = 2
+GAP_NBYTES = 8 * 1024
 """Bytes between two windows that are read with them: less work than a call of its own."""
+JOINED_NBYTES = 128 * 1024
+"""Bytes between two ranges of one key that are read with them: what a store sends in the time of one more request.
+
+Of 0 to 1 MiB the one that is never far from the best, for 1 to 30 ms a request, 100 to 500 MB/s, 10 or 40 at once.
+"""
+IN_FLIGHT_NBYTES = 32 * MIB
+"""Bytes of the requests to a store that a task has in flight."""
 _PIECE_NBYTES = 256
 """Memory that a reader takes for its notes on each part of a window that lies in one chunk."""
 _STRETCH = 2**20
@@ -52,8 +63,8 @@ class Cost:
     chunks: int
     """Chunks read, counted again where several tasks touch one."""
     nbytes_read: int
-    """Bytes read: of storage where rows are read directly, checksums that are skipped within a window left aside;
-    decoded ones where chunks are decoded."""
+    """Bytes read: of storage where rows are read as they lie, gaps that are read with them included, checksums between
+    them left aside; decoded ones where chunks are decoded."""
     amplification: float
     """Bytes read divided by bytes that were asked for: less than 1 where windows overlap and each row is read once."""
     scratch_nbytes: int
@@ -123,27 +134,48 @@ class Plan:
 
     @property
     def reading_nbytes(self) -> int:
-        """Memory that reading takes beside the windows themselves, a task: the chunks being decoded."""
+        """Memory that reading takes beside the windows themselves, a task: spans, ranges in flight, chunks decoded."""
         layout, length = self.matrix.layout, self.length
-        pieces = self.task_windows * (2 + length // layout.chunk_rows)
+        most = cut_windows(len(self), self.window_nbytes, most_nbytes=PLACED_NBYTES)
+        pieces = most * (2 + length // layout.chunk_rows)
         bookkeeping = MIB + _PIECE_NBYTES * pieces
-        if layout.reader == "direct":
-            return bookkeeping + max(self.chunk.scratch_nbytes, self.request.scratch_nbytes)
+        if layout.reader != "decoded":
+            in_flight = IN_FLIGHT_NBYTES if layout.reader == "ranged" else 0
+            return bookkeeping + in_flight + max(self.chunk.scratch_nbytes, self.request.scratch_nbytes)
         touched = min(self.matrix.rows, layout.chunk_rows + length) * self.matrix.row_nbytes
         # Encoded bytes, what the codecs make of them on the way, and the rows.
         return bookkeeping + 4 * max(touched, min(READ_NBYTES, self.block_nbytes))
+
+    def fit_tasks(self, *, threads: int, placed: bool) -> int:
+        """Windows of a task where no shard binds them.
+
+        Parameters
+        ----------
+        threads
+            Tasks that run at once: shorter tasks than planned where these are too few for so many.
+        placed
+            Whether tasks put each window straight into its place: longer ones, then, unless spans are read.
+        """
+        most = PLACED_NBYTES if placed and not self.chunk.scratch_nbytes else BLOCK_NBYTES
+        return cut_windows(len(self), self.window_nbytes, fewest=_TASKS_PER_THREAD * threads, most_nbytes=most)
 
     def cost(self, order: Order) -> Cost:
         """Cost of one order."""
         return self.chunk if order == "chunk" else self.request
 
-    def tasks(self, order: Order) -> Iterator[Task]:
+    def tasks(self, order: Order, *, windows: int | None = None) -> Iterator[Task]:
         """Cut the plan: consecutive windows of the order, every window in exactly one task.
 
         Each task is a view of the plan's arrays, made when it is asked for.
+
+        Parameters
+        ----------
+        windows
+            Of each task. Default: as planned.
         """
-        for number, first in enumerate(range(0, len(self), self.task_windows)):
-            stop = min(first + self.task_windows, len(self))
+        windows = windows or self.task_windows
+        for number, first in enumerate(range(0, len(self), windows)):
+            stop = min(first + windows, len(self))
             if order == "chunk":
                 yield Task(number, self.sorted_starts[first:stop], self.sorted_places[first:stop])
             else:
@@ -163,7 +195,7 @@ class Plan:
             "windows": f"{len(self):,} of {self.length:,} rows, {format_size(self.window_nbytes)} each",
             "wanted": format_size(self.nbytes),
         }
-        verb = "reads" if self.matrix.layout.reader == "direct" else "decodes"
+        verb = "decodes" if self.matrix.layout.reader == "decoded" else "reads"
         for sink, cost in (("gather (order chunk)", self.chunk), ("store (order request)", self.request)):
             facts[sink] = (
                 f"{count_of(cost.tasks, 'task')}, {count_of(cost.chunks, 'chunk')}, "
@@ -232,11 +264,11 @@ def plan_windows(matrix: Matrix, starts: ArrayLike, *, length: int, memory: int 
     return Plan(matrix, checked, length, limit, task_windows, sorted_starts, places, chunk, request)
 
 
-def cut_windows(count: int, window_nbytes: int) -> int:
-    """Windows of a task, from the request's shape alone, so that every machine cuts alike."""
-    most = max(1, BLOCK_NBYTES // window_nbytes)
+def cut_windows(count: int, window_nbytes: int, *, fewest: int = 1, most_nbytes: int | None = None) -> int:
+    """Windows of a task, by default from the request's shape alone, so that every machine cuts alike."""
+    most = max(1, (most_nbytes or BLOCK_NBYTES) // window_nbytes)
     least = min(most, max(1, _LEAST_BLOCK_NBYTES // window_nbytes))
-    return min(most, max(least, -(-count // _FEWEST_TASKS)))
+    return min(most, max(least, -(-count // max(fewest, _FEWEST_TASKS))))
 
 
 def _sort(starts: NDArray[np.int64], rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -255,7 +287,7 @@ def _sort(starts: NDArray[np.int64], rows: int) -> tuple[NDArray[np.int64], NDAr
 
 def joins(ascending: NDArray[np.int64], length: int, row_nbytes: int) -> NDArray[np.bool_]:
     """Whether each window (..., k), sorted by start, is so near the one before that reading on costs less than anew."""
-    gap = _GAP_NBYTES // row_nbytes
+    gap = GAP_NBYTES // row_nbytes
     return np.asarray(ascending[..., 1:] - ascending[..., :-1] <= length + gap)
 
 
@@ -278,6 +310,20 @@ def _count_rows(ordered: NDArray[np.int64], length: int, task_windows: int, row_
     return total, most
 
 
+def _count_ranged(ordered: NDArray[np.int64], length: int, task_windows: int, row_nbytes: int, file_rows: int) -> int:
+    """Count the rows of the ranges that a store is asked for: each once a task, with gaps within one key."""
+    gap, total = JOINED_NBYTES // row_nbytes, 0
+    for tasks in _stretches(ordered, task_windows):
+        ascending = np.sort(tasks, axis=1)
+        steps = np.diff(ascending, axis=1)
+        within = (ascending[:, :-1] + (length - 1)) // file_rows == ascending[:, 1:] // file_rows
+        near = joins(ascending, length, row_nbytes)
+        spans = near & is_dense(near)[:, None]
+        joined = spans | (steps <= length) | (within & (steps <= length + gap))
+        total += int(np.where(joined, steps, length).sum()) + len(tasks) * length
+    return total
+
+
 def _cost(matrix: Matrix, order: Order, ordered: NDArray[np.int64], length: int, task_windows: int) -> Cost:
     layout = matrix.layout
     chunks = count_touched(ordered, length, task_windows, layout.chunk_rows)
@@ -287,8 +333,10 @@ def _cost(matrix: Matrix, order: Order, ordered: NDArray[np.int64], length: int,
         nbytes = chunks * layout.chunk_rows * matrix.row_nbytes
     else:
         rows, most = _count_rows(ordered, length, task_windows, matrix.row_nbytes)
+        if layout.reader == "ranged":
+            rows = _count_ranged(ordered, length, task_windows, matrix.row_nbytes, layout.file_rows)
         nbytes, scratch = rows * matrix.row_nbytes, most * matrix.row_nbytes
-        if layout.files is not None and layout.files.index is not None:
+        if layout.files.index is not None:
             nbytes += count_touched(ordered, length, task_windows, layout.file_rows) * layout.files.index.nbytes
     return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted, scratch)
 

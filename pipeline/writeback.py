@@ -11,26 +11,17 @@ from pipeline.errors import InputError
 from pipeline.matrix import ATTRIBUTE
 from pipeline.readers import check_files
 from pipeline.report import Watch
+from pipeline.runs import active_client, count_threads, fit_memory, open_run, run_tasks, writing
 from pipeline.shards import create_array, cut_results, write_entries
 from pipeline.staging import check_apart, check_destination, stage_folder
-from pipeline.tasks import (
-    active_client,
-    check_order,
-    count_threads,
-    fit_memory,
-    make_block,
-    name_tasks,
-    open_run,
-    prepare_work,
-    run_tasks,
-    writing,
-)
+from pipeline.tasks import check_order, make_block, name_tasks, prepare_work
 
 if TYPE_CHECKING:
     import zarr
 
     from pipeline.plan import Cost, Order, Plan, Task
-    from pipeline.tasks import Apply, Footprint, Receipt, Work
+    from pipeline.runs import Footprint
+    from pipeline.tasks import Apply, Receipt, Work
 
 _SHARD_COPIES = 2
 """Writing a shard through zarr holds as many times its bytes more."""

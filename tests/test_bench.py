@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_worker_process_says_one_json_object(jobs, tmp_path):
     assert json.loads(done.stdout).keys() == {"state", "seconds", "peak_memory", "cached"}
 
 
-def run_faked(monkeypatch, answers, *, count=3):
+def run_faked(monkeypatch, answers, *, count=3, copied=True):
     """Rounds without processes: `answers` maps keys to what a worker says; others take one second."""
     calls = []
 
@@ -179,9 +180,12 @@ def run_faked(monkeypatch, answers, *, count=3):
         return given.pop(0) if isinstance(given, list) else given
 
     monkeypatch.setattr(rounds, "_run_worker", answer)
-    folder = Path("nowhere")
-    table = rounds.run_rounds(TINY["seed"], folder, rounds=count, cold=False, limit=9, cluster=None, say=lambda _: None)
-    return table, calls
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if copied:
+            (folder / "plain.zarr").mkdir()
+        settings = {"rounds": count, "cold": False, "limit": 9, "cluster": None, "say": lambda _: None}
+        return rounds.run_rounds(TINY["seed"], folder, **settings), calls
 
 
 def timed(*seconds):
@@ -198,6 +202,15 @@ def test_rounds_are_interleaved_and_the_first_is_thrown_away(monkeypatch):
     assert score.median == 4
     assert table.ratio(score) == 3  # Of 3/1, 4/2 and 40/4: pairs of one round, not 4/2 of the medians.
     assert table.ranked()[-1] is score
+
+
+def test_who_reads_a_copy_that_the_disk_did_not_hold_is_skipped(monkeypatch):
+    table, calls = run_faked(monkeypatch, {}, copied=False)
+    skipped = {score.contender.key: score.reason for score in table.untimed()}
+    assert {key for key, reason in skipped.items() if "no room on the disk" in reason} == {
+        each.key for each in lineup.LINEUP if each.reads == "zarr" and each.key != "limit_decode"
+    }
+    assert {"ours_cluster", "h5py_preallocated", "dask_indexing", "limit_storage"} <= set(calls)
 
 
 def test_wrong_slow_and_failed_are_named_and_left_out(monkeypatch):

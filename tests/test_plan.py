@@ -86,16 +86,38 @@ def test_request_order_reads_a_chunk_once_a_task_even_from_shuffled_starts():
     [
         (10_000, 256_000, 39),
         (1, 256_000, 1),
-        (10_000_000, 128, 32),
+        (10_000_000, 128, 20),
         (100, 2**30, 100),
         (100, 1, 1),
-        (2000, 256_000, 32),
+        (625, 32_000, 5),
+        (2000, 256_000, 16),
     ],
 )
 def test_tasks_are_few_and_bounded(count, window_nbytes, tasks):
     cut = cut_windows(count, window_nbytes)
     assert -(-count // cut) == tasks
     assert cut == 1 or cut * window_nbytes <= 64 * 2**20
+
+
+def test_more_threads_get_more_tasks(monkeypatch):
+    starts = np.random.default_rng(0).integers(0, 1000, 500)
+    monkeypatch.setattr(plan_module, "_LEAST_BLOCK_NBYTES", 10 * 16 * 16)
+    plan = pipeline.plan_windows(matrix_of(1016), starts, length=16)
+    assert (plan.window_nbytes, plan.chunk.tasks) == (16 * 16, 16)
+    for threads, tasks in ((1, 16), (8, 16), (20, 39), (100, 50)):
+        cut = list(plan.tasks("chunk", windows=plan.fit_tasks(threads=threads, placed=True)))
+        assert len(cut) == tasks
+        assert max(len(task.starts) for task in cut) <= plan.task_windows
+        np.testing.assert_array_equal(np.sort(np.concatenate([task.places for task in cut])), np.arange(500))
+
+
+@pytest.mark.parametrize(("rows", "placed", "tasks"), [(10**9, True, 20), (10**9, False, 39), (10**5, True, 39)])
+def test_tasks_that_hold_no_block_are_longer(rows, placed, tasks):
+    starts = np.random.default_rng(0).integers(0, rows - 16, 10_000)
+    plan = pipeline.plan_windows(matrix_of(rows, (2000,), chunk=10**4, compressors=None), starts, length=16)
+    windows = plan.fit_tasks(threads=4, placed=placed)
+    assert -(-len(plan) // windows) == tasks
+    assert windows * plan.window_nbytes <= (128 if placed else 64) * 2**20
 
 
 def test_a_key_that_would_overflow_is_not_used():
@@ -170,5 +192,5 @@ def test_rows_read_are_counted_as_by_hand(data):
         dense = 4 * len(spans) <= len(ordered)
         expected += sum(stop - start for start, stop in spans) if dense else length * len(ordered)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_GAP_NBYTES", gap * 8)
+        patch.setattr(plan_module, "GAP_NBYTES", gap * 8)
         assert plan_module._count_rows(np.array(starts), length, task, 8)[0] == expected

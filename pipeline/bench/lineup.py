@@ -36,12 +36,14 @@ class Contender:
     needs: tuple[str, ...] = ()
     """Packages of others, loaded before the clock starts."""
 
-    def why_not(self, *, compressed: bool) -> str | None:
-        """Say why it takes no part; None if it does."""
+    def why_not(self, *, compressed: bool, copied: bool = True) -> str | None:
+        """Say why it takes no part; None if it does. `copied`: whether the peers' copy in Zarr is there."""
         if compressed and self.reads == "hdf5":
             return "reads plain files; these are compressed"
         if not compressed and self.key == "limit_decode":
             return "for compressed chunks"
+        if not copied and self.reads == "zarr":
+            return "no room on the disk for another copy of the matrix"
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 

@@ -155,7 +155,7 @@ def run_rounds(
         )
     scores = []
     for contender in LINEUP:
-        reason = contender.why_not(compressed=scenario.compressed)
+        reason = contender.why_not(compressed=scenario.compressed, copied=scenario.job(folder).zarr.exists())
         scores.append(Score(contender, "skipped", reason) if reason else Score(contender))
     order = {
         "scenario": asdict(scenario) | {"dtype": scenario.dtype.str},

@@ -26,6 +26,8 @@ Values = Literal["counted", "smooth"]
 _FUSED_PIPELINE = "zarr.core.codec_pipeline.FusedCodecPipeline"
 _STEP_NBYTES = 16 * MIB
 _LEAST_COUNT = 500
+_SPARE_NBYTES = 1024 * MIB
+"""Left free on the disk."""
 DATASET = "A"
 """Name of the HDF5 data set."""
 
@@ -62,8 +64,8 @@ class Scenario:
 
     @property
     def disk_nbytes(self) -> int:
-        """Most bytes that the files take."""
-        return self.nbytes * (1 if self.compressed else 3)
+        """Bytes that the files take at most, but for the peers' copy in Zarr, which may be left out."""
+        return self.nbytes * (1 if self.compressed else 2)
 
     def starts(self) -> NDArray[np.int64]:
         """Draw the starts, (count,) int64, the same in every process."""
@@ -112,8 +114,9 @@ class Scenario:
                 self._write_hdf5(partial / "A.h5")
                 say(f"write {self.name}: A.zarr, as `pipeline create` makes it")
                 create_matrix(partial / "A.h5", partial / "A.zarr", dataset=DATASET)
-            say(f"write {self.name}: plain.zarr, for the peers" if not self.compressed else f"write {self.name}")
-            self._write_zarr(partial / "plain.zarr")
+            if self.compressed or shutil.disk_usage(partial).free > self.nbytes + _SPARE_NBYTES:
+                say(f"write {self.name}: plain.zarr, for the peers" if not self.compressed else f"write {self.name}")
+                self._write_zarr(partial / "plain.zarr")
             for path in partial.rglob("*"):
                 if path.is_file():
                     _sync(path)
@@ -165,7 +168,7 @@ class Job:
     hdf5: Path | None
     """HDF5 file with the contiguous data set `A`; None where the scenario is compressed."""
     zarr: Path
-    """Zarr array without checksums, for the peers."""
+    """Zarr array without checksums, for the peers; absent where the disk did not hold it."""
     matrix: Path
     """Zarr array as this package's `create` writes it; the peers' where the scenario is compressed."""
     cluster: str | None = None

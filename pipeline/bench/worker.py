@@ -17,10 +17,13 @@ import numpy as np
 from pipeline.bench.lineup import Contender, contender
 from pipeline.bench.pages import cached_share, drop_files, warm_files
 from pipeline.bench.scenarios import Job, Scenario
-from pipeline.memory import PeakMemory
+from pipeline.memory import PeakMemory, budget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_WARM_SHARE = 0.5
+"""Part of the memory that files may take to be warmed up as a whole."""
 
 
 def main() -> None:
@@ -40,7 +43,8 @@ def run_once(who: Contender, job: Job, *, cold: bool, limit: float, over: Callab
     who, job
         Who reads what.
     cold
-        Whether the pages of the files are dropped before; else they are read once before.
+        Whether the pages of the files are dropped before; else they are read once before, or, where the files are too
+        large for the memory, the windows.
     limit
         Seconds after which `over` is called, on another thread.
 
@@ -58,13 +62,21 @@ def run_once(who: Contender, job: Job, *, cold: bool, limit: float, over: Callab
     with getattr(module, "session", nullcontext)(job):
         # Much is imported, compiled or started at the first use: one window, alike for all, before the clock.
         module.read(job, starts[:1])
-        # A virtual machine gets its memory at the first touch, which can cost seconds: touch what the result and one
-        # copy of it take, alike for all. Pages come zeroed by the kernel within the clock, for all, too.
-        np.ones(2 * job.scenario.result_nbytes, np.uint8)
-        (drop_files if cold else warm_files)(paths)
+        # A virtual machine gets its memory at the first touch, which can cost seconds, and gives it back soon: touch
+        # what the result and one copy of it take, and let go of it as the clock starts, alike for all. Pages come
+        # zeroed by the kernel within the clock, for all, too.
+        touched = np.ones(2 * job.scenario.result_nbytes, np.uint8)
+        if cold:
+            drop_files(paths)
+        elif sum(path.stat().st_size for path in paths) < _WARM_SHARE * budget().nbytes:
+            warm_files(paths)
+        else:
+            # Not all of it fits: what these windows need does.
+            module.read(job, starts)
         cached = cached_share(paths)
         timer = threading.Timer(limit, over)
         timer.daemon = True
+        del touched
         with PeakMemory() as peak:
             timer.start()
             begin = time.perf_counter()

@@ -1,0 +1,134 @@
+"""A chunk's encoded bytes to its values, in the calling thread: zarr's codecs without zarr's event loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numcodecs
+import numpy as np
+from numcodecs import blosc
+
+from pipeline.chunks import CHECKSUM_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import zarr
+    from numpy.typing import NDArray
+
+type Decode = Callable[[NDArray[np.uint8], NDArray[Any]], None]
+"""Decodes a chunk, or an inner chunk of a shard, into an array of a chunk's shape, C-contiguous, native byte order."""
+
+_COMPRESSORS = frozenset({"blosc", "gzip", "lz4", "zlib", "zstd"})
+"""Their encoded bytes say how they are to be decoded, so that numcodecs needs no settings; zarr calls it, too."""
+
+
+def chunk_decoder(array: zarr.Array[Any]) -> Decode | None:
+    """Return what decodes one chunk of an array; None where zarr cannot without its event loop."""
+    return _plain_decoder(array) or _zarr_decoder(array)
+
+
+def _plain_decoder(array: zarr.Array[Any]) -> Decode | None:
+    """Decode chunks that are rows as they lie in memory, compressed: with numcodecs alone, the least work a chunk."""
+    stages = _stages(array)
+    if stages is None:
+        return None
+    undo = [_UNDO.get(name) or numcodecs.get_codec({"id": name}).decode for name in reversed(stages)]
+    in_place = stages[:1] == ["blosc"]
+    if in_place:
+        undo.pop()
+
+    def decode(encoded: NDArray[np.uint8], into: NDArray[Any]) -> None:
+        made: Any = encoded
+        for stage in undo:
+            made = stage(made)
+        values = into.reshape(-1).view(np.uint8)
+        # A damaged header may name fewer bytes than the chunk has: the rest would be what was there before.
+        nbytes = _blosc_nbytes(made) if in_place else len(made)
+        if nbytes != into.nbytes:
+            raise ValueError(f"it holds {nbytes} bytes instead of {into.nbytes}")
+        if in_place:
+            blosc.decompress(made, values)
+        else:
+            values[:] = np.frombuffer(made, np.uint8)
+
+    return decode
+
+
+def _stages(array: zarr.Array[Any]) -> list[str] | None:
+    """Names of the codecs from bytes to bytes, in the order of encoding; None where other ones, too, make a chunk."""
+    from zarr.core.metadata.v2 import ArrayV2Metadata
+
+    if isinstance(array.metadata, ArrayV2Metadata):
+        compressor: Any = array.metadata.compressor
+        native = np.dtype(array.dtype).isnative
+        if array.metadata.filters or array.metadata.order != "C" or not native or compressor is None:
+            return None
+        stages = [str(getattr(compressor, "codec_id", ""))]
+    else:
+        described: list[Any] = [codec.to_dict() for codec in array.metadata.codecs]
+        if len(described) == 1 and described[0]["name"] == "sharding_indexed":
+            described = list(described[0]["configuration"]["codecs"])
+        first = described[0]
+        plain = first["name"] == "bytes" and first.get("configuration", {}).get("endian", "little") == "little"
+        if not plain or not np.little_endian:
+            return None
+        stages = [codec["name"] for codec in described[1:]]
+    return stages if _COMPRESSORS.union({"crc32c"}).issuperset(stages) else None
+
+
+def _blosc_nbytes(encoded: Any) -> int:
+    """Bytes that a Blosc buffer decodes to, as its header says, which must fit: Blosc itself would read past its end.
+
+    The header's layout: https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst
+    """
+    nbytes, _, stored = np.frombuffer(encoded, "<u4", 3, offset=4).tolist()
+    if stored != len(encoded):
+        raise ValueError(f"it has {len(encoded)} bytes instead of {stored}")
+    return int(nbytes)
+
+
+def _undo_blosc(encoded: Any) -> Any:
+    _blosc_nbytes(encoded)
+    return blosc.decompress(encoded)
+
+
+def _undo_checksum(encoded: Any) -> Any:
+    stored = np.frombuffer(encoded, np.uint8)
+    body, checksum = stored[:-CHECKSUM_NBYTES], stored[-CHECKSUM_NBYTES:]
+    if google_crc32c.value(body) != int.from_bytes(checksum.tobytes(), "little"):
+        raise ValueError("its checksum, a crc32c, does not match")
+    return body
+
+
+_UNDO = {"blosc": _undo_blosc, "crc32c": _undo_checksum}
+
+
+def _zarr_decoder(array: zarr.Array[Any]) -> Decode | None:
+    """Decode with the chain of codecs that zarr itself would run, other byte orders and filters included."""
+    from zarr.codecs import ShardingCodec
+    from zarr.core.array_spec import ArraySpec
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.codec_pipeline import FusedCodecPipeline
+    from zarr.core.metadata.v2 import ArrayV2Metadata
+
+    if isinstance(array.metadata, ArrayV2Metadata) and array.metadata.order != "C":
+        return None
+    prototype = default_buffer_prototype()
+    spec = ArraySpec(array.chunks, array.metadata.dtype, array.fill_value, array.config, prototype)
+    pipeline = array.async_array.codec_pipeline
+    if array.shards is not None:
+        [sharding] = array.metadata.codecs if hasattr(array.metadata, "codecs") else [None]
+        if not isinstance(sharding, ShardingCodec):
+            return None
+        pipeline = FusedCodecPipeline.from_codecs(sharding.codecs).evolve_from_array_spec(spec)
+    transform = getattr(pipeline, "sync_transform", None)
+    if transform is None or array.order != "C":
+        return None
+
+    def decode(encoded: NDArray[np.uint8], into: NDArray[Any]) -> None:
+        values = transform.decode_chunk(prototype.buffer.from_array_like(encoded), spec).as_numpy_array()
+        into[...] = np.asarray(values).reshape(into.shape)
+
+    return decode

@@ -1,0 +1,262 @@
+"""Runs: how many tasks are under way at once, on which scheduler, and which of them may still write."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import uuid
+from collections import Counter
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from dask import config as dask_config
+from dask import local, threaded
+from dask.base import compute, get_scheduler
+
+from pipeline.errors import BudgetError, IncompleteError, InputError
+from pipeline.memory import budget, held_nbytes
+from pipeline.sizes import MIB, format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dask.delayed import Delayed
+
+
+def active_client() -> Any:
+    """Return the active `distributed.Client`, or None where tasks run on a scheduler of Dask's own."""
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import Client, get_worker
+
+    with suppress(ValueError):
+        # Inside of a task the cluster's threads may all be waiting, this one among them: use Dask's own scheduler.
+        get_worker()
+        return None
+    if dask_config.get("scheduler", None) not in (None, "dask.distributed", "distributed"):
+        return None
+    try:
+        client = Client.current()
+    except ValueError:
+        return None
+    if client.asynchronous:
+        raise InputError("tasks run on a synchronous client; got an asynchronous one; call this from a plain thread")
+    return client
+
+
+def shares_memory(client: Any) -> bool:
+    """Whether tasks run in this process, so that they can write straight into an array of it."""
+    if client is None:
+        return get_scheduler() in (None, threaded.get, local.get_sync)
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    return bool(addresses) and all(address.startswith("inproc://") for address in addresses)
+
+
+def count_threads(client: Any) -> int:
+    """Tasks that run at once."""
+    if client is not None:
+        threads: dict[str, int] = client.nthreads()
+        return sum(threads.values()) or 1
+    from dask.system import CPU_COUNT
+
+    return int(dask_config.get("num_workers", None) or CPU_COUNT)
+
+
+_CLOSE_SECONDS = 4
+"""How long workers of a run that failed may take to finish what they write."""
+_MOST_SUBMITTED = 2000
+"""Tasks that the scheduler is told of at once: enough that none waits, and that its memory stays small."""
+_SUBMITTED_TOGETHER = 8
+"""Tasks of one graph."""
+_OWN_NBYTES = 64 * MIB
+"""What the interpreter grows by while it runs: a cluster's threads, buffers, the code of what is imported late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """How much of a run is under way at once, and the memory that this takes."""
+
+    at_once: int
+    """Tasks that are under way, or whose results are not yet taken."""
+    peak_nbytes: int
+    """Memory of all processes of this run on this machine, at its peak."""
+
+
+def fit_memory(
+    task_nbytes: int, limit: int | None, *, threads: int, what: str, held: int = 0, way_out: str = "raise the limit"
+) -> Footprint:
+    """Choose how many tasks are under way at once: two a thread, so that none waits, or as many as memory allows.
+
+    Parameters
+    ----------
+    task_nbytes
+        Memory of one task.
+    limit
+        Bytes that the user allows, None for the machine's own limits alone.
+    threads
+        Tasks that run at once.
+    what
+        Names the request in the error.
+    held
+        Bytes that are held all the while: the result.
+    way_out
+        Ends the error.
+
+    Raises
+    ------
+    BudgetError
+        If not even one task fits beside what is held.
+    """
+    allowed = budget(limit)
+    needed = held_nbytes() + _OWN_NBYTES + held + task_nbytes
+    if needed > allowed.nbytes:
+        raise BudgetError(
+            f"a run fits its memory; {what} needs {format_size(needed)}, {allowed.source} allows "
+            f"{format_size(allowed.nbytes)}; {way_out}"
+        )
+    at_once = min(2 * threads, 1 + (allowed.nbytes - needed) // max(1, task_nbytes))
+    return Footprint(at_once, needed + (min(at_once, threads) - 1) * task_nbytes)
+
+
+_writers: Counter[str] = Counter()
+_closed: set[str] = set()
+_registry = threading.Condition()
+
+
+def _forget_runs() -> None:
+    """Start anew in a child that was forked, perhaps while another thread held the lock."""
+    global _registry  # noqa: PLW0603 (a lock cannot be cleared)
+    _registry = threading.Condition()
+    _writers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_runs)
+
+
+@contextmanager
+def open_run() -> Iterator[str]:
+    """Yield the id of a run; when its block ends, wait for tasks that still write, on every worker, and bar others.
+
+    A task that runs cannot be stopped, and Dask runs one again whose worker is lost: without this it would write into
+    what is being removed, or is complete.
+    """
+    run = uuid.uuid4().hex
+    try:
+        yield run
+    finally:
+        client = active_client()
+        if client is not None and not shares_memory(client):
+            # A failure that brought us here counts, not that of the workers, which may be gone.
+            with suppress(Exception):
+                client.sync(client._run, close_run, run, on_error="ignore", callback_timeout=_CLOSE_SECONDS)  # noqa: SLF001 (`Client.run` has no timeout)
+        close_run(run)
+
+
+def close_run(run: str) -> None:
+    """Bar tasks of a run from writing in this process, once those that do have ended."""
+    with _registry:
+        _closed.add(run)
+        _registry.wait_for(lambda: not _writers[run])
+        del _writers[run]
+
+
+@contextmanager
+def writing(run: str) -> Iterator[None]:
+    """Hold a run open while its block writes; IncompleteError where it was closed."""
+    with _registry:
+        if run in _closed:
+            raise IncompleteError(f"a run that has ended writes no more; run {run} has; see its own error")
+        _writers[run] += 1
+    try:
+        yield
+    finally:
+        with _registry:
+            _writers[run] -= 1
+            _registry.notify_all()
+
+
+def run_tasks(tasks: list[Delayed], *, at_once: int, results_travel: bool = False) -> Iterator[Any]:
+    """Compute tasks on the active client, or on Dask's own scheduler, and yield each result as it is there.
+
+    Parameters
+    ----------
+    at_once
+        Tasks that memory allows to be under way at once; their results, not yet taken, among them.
+    results_travel
+        Whether a result is a block, whose memory counts; otherwise it is a receipt.
+
+    Raises
+    ------
+    Exception
+        What the first task that failed raised; tasks not yet begun are cancelled.
+    """
+    client = active_client()
+    threads = count_threads(client)
+    # Memory is bounded by the tasks that run where results are receipts: let Dask know of all, and show them.
+    window = at_once if results_travel or at_once < threads else _MOST_SUBMITTED
+    if client is not None:
+        yield from _run_on(client, iter(tasks), window=window, release=results_travel)
+        return
+    waiting = iter(tasks)
+    limited = {"num_workers": at_once} if at_once < threads else {}
+    while batch := list(islice(waiting, window)):
+        yield from compute(*batch, optimize_graph=False, **limited)
+
+
+def _run_on(client: Any, waiting: Iterator[Delayed], *, window: int, release: bool) -> Iterator[Any]:
+    """Keep `window` tasks submitted to a client; `release`: let go of each result once it was taken."""
+    from distributed.client import FutureCancelledError
+    from distributed.scheduler import KilledWorker, NoValidWorkerError
+
+    ended: SimpleQueue[_Ended] = SimpleQueue()
+    held: set[Any] = set()
+    try:
+        held.update(_submit(client, waiting, window, ended))
+        under_way = len(held)
+        while under_way:
+            future, result, failure = ended.get()
+            if failure is not None:
+                raise failure
+            yield result
+            if release:
+                held.discard(future)
+                future.release()
+            following = set(_submit(client, waiting, 1, ended))
+            held |= following
+            under_way += len(following) - 1
+    except (KilledWorker, NoValidWorkerError, FutureCancelledError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise IncompleteError(f"every task is done; one is not: {reason}; look at the workers' logs") from error
+    finally:
+        # Finished ones, too: a task whose worker is lost from now on must not run again.
+        if held:
+            client.cancel(list(held), force=True)
+
+
+type _Ended = tuple[Any, Any, BaseException | None]
+"""A future, and its result or what it raised."""
+
+
+def _submit(client: Any, waiting: Iterator[Delayed], count: int, ended: SimpleQueue[_Ended]) -> Iterator[Any]:
+    """Submit `count` tasks and yield their futures; each comes to `ended` when it is done.
+
+    Not by `distributed.as_completed`, which in a thread may miss a task that ends as it looks, for 0.1 s.
+    """
+
+    async def deliver(future: Any) -> None:
+        try:
+            ended.put((future, await future, None))
+        except BaseException as error:  # noqa: BLE001 (it is raised where the results are taken)
+            ended.put((future, None, error))
+
+    # In parts: Dask warns of a graph that holds many megabytes.
+    while part := list(islice(waiting, min(count, _SUBMITTED_TOGETHER))):
+        count -= len(part)
+        for future in client.compute(part, optimize_graph=False):
+            client.loop.add_callback(deliver, future)
+            yield future
