@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -78,12 +79,18 @@ def _stages(array: zarr.Array[Any]) -> list[str] | None:
     return stages if _COMPRESSORS.union({"crc32c"}).issuperset(stages) else None
 
 
+_BLOSC_HEADER = struct.Struct("<4x I 4x I")
+"""Decoded bytes and encoded ones, after versions, flags and the size of an item, around the size of a block."""
+
+
 def _blosc_nbytes(encoded: Any) -> int:
     """Bytes that a Blosc buffer decodes to, as its header says, which must fit: Blosc itself would read past its end.
 
     The header's layout: https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst
     """
-    nbytes, _, stored = np.frombuffer(encoded, "<u4", 3, offset=4).tolist()
+    if len(encoded) < _BLOSC_HEADER.size:
+        raise ValueError(f"it has {len(encoded)} bytes, less than a header")
+    nbytes, stored = _BLOSC_HEADER.unpack_from(encoded)
     if stored != len(encoded):
         raise ValueError(f"it has {len(encoded)} bytes instead of {stored}")
     return int(nbytes)
