@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,16 +12,26 @@ from pipeline.plan import is_dense, joins
 from pipeline.preads import Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
     from pipeline.layout import Borders
 
 
-type ReadRuns = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[Any]], int]
-"""Reads matrix rows [first[i], first[i] + rows[i]), by ascending first, to row targets[i] of an array, counted through
-its windows; returns the bytes that were read. Arguments: first, rows, targets, array."""
+class Runs(NamedTuple):
+    """Runs of matrix rows to be read: (r,) int64 arrays, by ascending first row."""
+
+    first: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    """Row of the destination to which each goes, counted through its windows."""
+    slabs: NDArray[np.int64]
+    """Slab of each run, ascending from 0: where the runs of one were read, they are copied before those of the next."""
+
+
+type ReadRuns = Callable[[Runs, NDArray[Any]], Iterator[int]]
+"""Reads runs into an array, and yields the bytes that it read each time that a slab is complete."""
 
 
 def read_by_runs(
@@ -32,27 +42,56 @@ def read_by_runs(
     places: NDArray[np.int64],
     *,
     row_nbytes: int,
+    slab_nbytes: int | None = None,
 ) -> Reading:
-    """Read windows with a function that reads runs of rows; see `Reader.read_windows`."""
+    """Read windows with a function that reads runs of rows; see `Reader.read_windows`.
+
+    Parameters
+    ----------
+    slab_nbytes
+        Bytes of spans that are held at once, but for one window; None: all those of the task.
+    """
     ascending = np.argsort(starts, kind="stable")
     starts, places = starts[ascending], places[ascending]
     joined = joins(starts, length, row_nbytes)
     if not is_dense(joined):
-        return Reading(read_runs(starts, np.full(len(starts), length), places * length, out), 0.0)
-    # Windows overlap or nearly touch: each row is read once, and windows are copied in memory.
+        straight = Runs(starts, np.full(len(starts), length), places * length, np.zeros(len(starts), np.int64))
+        return Reading(sum(read_runs(straight, out)), 0.0)
+    # Windows overlap or nearly touch: each row is read once, and windows are copied in memory. The spans, one after the
+    # other, are cut into slabs, and before each lie the rows that a window may need of the slab before it.
     begins = np.flatnonzero(np.r_[True, ~joined])
     first, rows = starts[begins], starts[np.r_[begins[1:], len(starts)] - 1] + length - starts[begins]
     offsets = np.cumsum(rows) - rows
-    scratch = np.empty((int(rows.sum()), *out.shape[2:]), out.dtype)
-    nbytes_read = read_runs(first, rows, offsets, scratch)
-    span = np.cumsum(np.r_[True, ~joined]) - 1
-    copy_runs(scratch, starts - first[span] + offsets[span], length, out, places)
+    total, before = int(rows.sum()), length - 1
+    slab = total if slab_nbytes is None else min(total, max(length, slab_nbytes // row_nbytes))
+    tops = starts + np.repeat(offsets - first, np.diff(np.r_[begins, len(starts)]))
+    ends = np.searchsorted((tops + before) // slab, np.arange(-(-total // slab) + 1)).tolist()
+    scratch = np.empty((before + slab, *out.shape[2:]), out.dtype)
+    nbytes_read = 0
+    for number, nbytes in enumerate(read_runs(_cut_slabs(first, rows, offsets, slab, before), scratch)):
+        nbytes_read += nbytes
+        within = slice(ends[number], ends[number + 1])
+        copy_runs(scratch, tops[within] - number * slab + before, length, out, places[within])
+        scratch[:before] = scratch[slab:]
     return Reading(nbytes_read, 0.0)
+
+
+def _cut_slabs(
+    first: NDArray[np.int64], rows: NDArray[np.int64], offsets: NDArray[np.int64], slab: int, before: int
+) -> Runs:
+    """Cut spans, which follow each other at `offsets`, at multiples of `slab` rows; `before`: rows before each slab."""
+    low = offsets // slab
+    counts = (offsets + rows - 1) // slab - low + 1
+    span = np.repeat(np.arange(len(first)), counts)
+    number = low[span] + np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = np.maximum(offsets[span], number * slab)
+    stop = np.minimum((offsets + rows)[span], (number + 1) * slab)
+    return Runs((first - offsets)[span] + begin, stop - begin, begin - number * slab + before, number)
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Parts of runs of rows that lie in one extent each: five (p,) int64 arrays, files in ascending order."""
+    """Parts of runs of rows that lie in one extent each: six (p,) int64 arrays, files in ascending order."""
 
     file: NDArray[np.int64]
     extent: NDArray[np.int64]
@@ -62,20 +101,17 @@ class Pieces:
     nbytes: NDArray[np.int64]
     target: NDArray[np.int64]
     """First byte in the destination."""
+    slab: NDArray[np.int64]
+    """As that of the run."""
 
     def take(self, order: NDArray[np.int64]) -> Pieces:
         """Pieces in another order, or some of them."""
         return Pieces(*(getattr(self, name)[order] for name in self.__slots__))
 
 
-def cut_pieces(
-    extents: Borders,
-    row_nbytes: int,
-    starts: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    targets: NDArray[np.int64],
-) -> Pieces:
-    """Cut runs of rows, by ascending start, at the borders of extents; see `ReadRuns`."""
+def cut_pieces(extents: Borders, row_nbytes: int, runs: Runs) -> Pieces:
+    """Cut runs of rows at the borders of extents."""
+    starts, rows, targets, slabs = runs
     first = extents.find(starts)
     counts = extents.find(starts + (rows - 1)) - first + 1
     window = np.repeat(np.arange(len(starts)), counts)
@@ -90,6 +126,7 @@ def cut_pieces(
         offset=(row - first_row) * row_nbytes,
         nbytes=(stop - row) * row_nbytes,
         target=((targets - starts)[window] + row) * row_nbytes,
+        slab=slabs[window],
     )
     if (np.diff(pieces.file) < 0).any():
         # Windows that cross into the next file, followed by windows that begin in this one.

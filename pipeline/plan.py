@@ -35,6 +35,8 @@ JOINED_NBYTES = 128 * 1024
 
 Of 0 to 1 MiB the one that is never far from the best, for 1 to 30 ms a request, 100 to 500 MB/s, 10 or 40 at once.
 """
+SLAB_NBYTES = 2 * MIB
+"""Bytes of spans that are read from local files before their windows are copied: they should stay in the cache."""
 IN_FLIGHT_NBYTES = 32 * MIB
 """Bytes of the requests to a store that a task has in flight."""
 _PIECE_NBYTES = 256
@@ -68,7 +70,7 @@ class Cost:
     amplification: float
     """Bytes read divided by bytes that were asked for: less than 1 where windows overlap and each row is read once."""
     scratch_nbytes: int
-    """Bytes of the largest span of rows that a task reads before it copies its windows; 0: windows are read alone."""
+    """Bytes of spans of rows that a task holds while it copies its windows; 0: windows are read alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -154,9 +156,9 @@ class Plan:
         threads
             Tasks that run at once: shorter tasks than planned where these are too few for so many.
         placed
-            Whether tasks put each window straight into its place: longer ones, then, unless spans are read.
+            Whether tasks put each window straight into its place: longer ones, then, unless they hold large spans.
         """
-        most = PLACED_NBYTES if placed and not self.chunk.scratch_nbytes else BLOCK_NBYTES
+        most = PLACED_NBYTES if placed and self.chunk.scratch_nbytes < BLOCK_NBYTES // 8 else BLOCK_NBYTES
         return cut_windows(len(self), self.window_nbytes, fewest=_TASKS_PER_THREAD * threads, most_nbytes=most)
 
     def cost(self, order: Order) -> Cost:
@@ -297,68 +299,62 @@ def is_dense(joined: NDArray[np.bool_]) -> Any:
     return 4 * (windows - np.count_nonzero(joined, axis=-1)) <= windows
 
 
-def _count_rows(ordered: NDArray[np.int64], length: int, task_windows: int, row_nbytes: int) -> tuple[int, int]:
-    """Count the rows that are read directly, and the most that one task holds besides its windows."""
-    total = most = 0
-    for tasks in _stretches(ordered, task_windows):
-        ascending = np.sort(tasks, axis=1)
-        joined = joins(ascending, length, row_nbytes)
-        spanned = np.where(joined, np.diff(ascending, axis=1), length).sum(axis=1) + length
-        dense = is_dense(joined)
-        total += int(np.where(dense, spanned, tasks.shape[1] * length).sum())
-        most = max(most, int(np.where(dense, spanned, 0).max()))
-    return total, most
+def _count_rows(ascending: NDArray[np.int64], length: int, row_nbytes: int) -> tuple[int, int]:
+    """Count the rows that tasks (t, k) read directly, and the most that one of them holds besides its windows."""
+    joined = joins(ascending, length, row_nbytes)
+    spanned = np.where(joined, np.diff(ascending, axis=1), length).sum(axis=1) + length
+    dense = is_dense(joined)
+    total = np.where(dense, spanned, ascending.shape[1] * length).sum()
+    return int(total), int(np.where(dense, spanned, 0).max())
 
 
-def _count_ranged(ordered: NDArray[np.int64], length: int, task_windows: int, row_nbytes: int, file_rows: int) -> int:
-    """Count the rows of the ranges that a store is asked for: each once a task, with gaps within one key."""
-    gap, total = JOINED_NBYTES // row_nbytes, 0
-    for tasks in _stretches(ordered, task_windows):
-        ascending = np.sort(tasks, axis=1)
-        steps = np.diff(ascending, axis=1)
-        within = (ascending[:, :-1] + (length - 1)) // file_rows == ascending[:, 1:] // file_rows
-        near = joins(ascending, length, row_nbytes)
-        spans = near & is_dense(near)[:, None]
-        joined = spans | (steps <= length) | (within & (steps <= length + gap))
-        total += int(np.where(joined, steps, length).sum()) + len(tasks) * length
-    return total
+def _count_ranged(ascending: NDArray[np.int64], length: int, row_nbytes: int, file_rows: int) -> int:
+    """Count the rows of the ranges that tasks (t, k) ask a store for: each once a task, with gaps within one key."""
+    gap = JOINED_NBYTES // row_nbytes
+    steps = np.diff(ascending, axis=1)
+    within = (ascending[:, :-1] + (length - 1)) // file_rows == ascending[:, 1:] // file_rows
+    near = joins(ascending, length, row_nbytes)
+    spans = near & is_dense(near)[:, None]
+    joined = spans | (steps <= length) | (within & (steps <= length + gap))
+    return int(np.where(joined, steps, length).sum()) + len(ascending) * length
 
 
 def _cost(matrix: Matrix, order: Order, ordered: NDArray[np.int64], length: int, task_windows: int) -> Cost:
-    layout = matrix.layout
-    chunks = count_touched(ordered, length, task_windows, layout.chunk_rows)
-    wanted = len(ordered) * length * matrix.row_nbytes
-    scratch = 0
-    if layout.reader == "decoded":
-        nbytes = chunks * layout.chunk_rows * matrix.row_nbytes
-    else:
-        rows, most = _count_rows(ordered, length, task_windows, matrix.row_nbytes)
+    layout, row_nbytes = matrix.layout, matrix.row_nbytes
+    chunks = nbytes = scratch = 0
+    for tasks in _stretches(ordered, task_windows):
+        ascending = tasks if order == "chunk" else np.sort(tasks, axis=1)
+        touched = count_touched(ascending, length, layout.chunk_rows)
+        chunks += touched
+        if layout.reader == "decoded":
+            nbytes += touched * layout.chunk_rows * row_nbytes
+            continue
+        rows, held = _count_rows(ascending, length, row_nbytes)
         if layout.reader == "ranged":
-            rows = _count_ranged(ordered, length, task_windows, matrix.row_nbytes, layout.file_rows)
-        nbytes, scratch = rows * matrix.row_nbytes, most * matrix.row_nbytes
+            rows = _count_ranged(ascending, length, row_nbytes, layout.file_rows)
+        else:
+            held = min(held, SLAB_NBYTES // row_nbytes + 2 * length)
+        nbytes += rows * row_nbytes
+        scratch = max(scratch, held * row_nbytes)
         if layout.files.index is not None:
-            nbytes += count_touched(ordered, length, task_windows, layout.file_rows) * layout.files.index.nbytes
+            nbytes += count_touched(ascending, length, layout.file_rows) * layout.files.index.nbytes
+    wanted = len(ordered) * length * row_nbytes
     return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted, scratch)
 
 
-def count_touched(ordered: NDArray[np.int64], length: int, task_windows: int, unit_rows: int) -> int:
-    """How many units of `unit_rows` rows the tasks touch, each counted once a task.
+def count_touched(ascending: NDArray[np.int64], length: int, unit_rows: int) -> int:
+    """How many units of `unit_rows` rows tasks touch, each counted once a task.
 
     Parameters
     ----------
-    ordered
-        (n,) starts in the order that is cut into tasks of `task_windows` windows.
+    ascending
+        (t, k) starts of the windows of each task, sorted.
     """
-    total = 0
-    for tasks in _stretches(ordered, task_windows):
-        ascending = np.sort(tasks, axis=1)
-        first = ascending // unit_rows
-        last = (ascending + (length - 1)) // unit_rows
-        # Sorted windows of one length end in order, too: what the one before has touched is not new.
-        total += int((last - first).sum()) + first.size
-        shared = np.minimum(last[:, :-1] - first[:, 1:] + 1, last[:, 1:] - first[:, 1:] + 1)
-        total -= int(np.maximum(shared, 0).sum())
-    return total
+    first = ascending // unit_rows
+    last = (ascending + (length - 1)) // unit_rows
+    # Sorted windows of one length end in order, too: what the one before has touched is not new.
+    shared = np.minimum(last[:, :-1] - first[:, 1:] + 1, last[:, 1:] - first[:, 1:] + 1)
+    return int((last - first).sum()) + first.size - int(np.maximum(shared, 0).sum())
 
 
 def _stretches(ordered: NDArray[np.int64], task_windows: int) -> Iterator[NDArray[np.int64]]:

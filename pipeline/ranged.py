@@ -17,12 +17,13 @@ from pipeline.pieces import cut_pieces, read_by_runs
 from pipeline.plan import IN_FLIGHT_NBYTES, JOINED_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Iterable
+    from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
     from pipeline.keys import Keys
+    from pipeline.pieces import Runs
     from pipeline.preads import Reading
 
 _REQUEST_NBYTES = 2 * 2**20
@@ -61,12 +62,10 @@ class RangedReader:
         """Read windows; see `Reader.read_windows`."""
         return read_by_runs(self._read_runs, starts, length, out, places, row_nbytes=self.row_nbytes)
 
-    def _read_runs(
-        self, first: NDArray[np.int64], rows: NDArray[np.int64], targets: NDArray[np.int64], out: NDArray[Any]
-    ) -> int:
-        """Read runs of rows; see `ReadRuns`."""
+    def _read_runs(self, runs: Runs, out: NDArray[Any]) -> Iterator[int]:
+        """Read runs of rows, all in one slab; see `ReadRuns`."""
         target = out.reshape(-1).view(np.uint8)
-        pieces = cut_pieces(self.keys, self.row_nbytes, first, rows, targets)
+        pieces = cut_pieces(self.keys, self.row_nbytes, runs)
         bases, nbytes_read = self._locate(pieces.file, pieces.extent)
         offsets = bases + pieces.offset
         order = np.lexsort((offsets + pieces.nbytes, offsets, pieces.file))
@@ -84,7 +83,7 @@ class RangedReader:
                     where = wheres[piece] + begin - begins[piece]
                     if begin < stop:
                         target[where : where + stop - begin] = read[begin - request.offset : stop - request.offset]
-        return nbytes_read
+        yield nbytes_read
 
     def _locate(self, files: NDArray[np.int64], extents: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """Byte of its key at which each extent begins, and the bytes that were read to know it."""

@@ -15,14 +15,17 @@ from pipeline.decoding import decoding_reader, touched_units
 from pipeline.keys import Keys
 from pipeline.layout import Extents, Files, PlainFiles
 from pipeline.pieces import cut_pieces, read_by_runs
+from pipeline.plan import SLAB_NBYTES
 from pipeline.preads import announce, open_file, read_fully
 from pipeline.ranged import RangedReader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from pipeline.matrix import Matrix
-    from pipeline.pieces import Pieces
+    from pipeline.pieces import Pieces, Runs
     from pipeline.preads import Reading
 
 _OPEN_FILES = 64
@@ -90,72 +93,75 @@ class DirectReader:
         self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]
     ) -> Reading:
         """Read windows; see `Reader.read_windows`."""
-        return read_by_runs(self._read_runs, starts, length, out, places, row_nbytes=self.row_nbytes)
+        return read_by_runs(
+            self._read_runs, starts, length, out, places, row_nbytes=self.row_nbytes, slab_nbytes=SLAB_NBYTES
+        )
 
-    def _read_runs(
-        self, first: NDArray[np.int64], rows: NDArray[np.int64], targets: NDArray[np.int64], out: NDArray[Any]
-    ) -> int:
-        """Read matrix rows [first[i], first[i] + rows[i]) to row `targets[i]` of `out`, counted through its windows."""
+    def _read_runs(self, runs: Runs, out: NDArray[Any]) -> Iterator[int]:
+        """Read runs of rows; see `ReadRuns`."""
         target = memoryview(out.reshape(-1).view(np.uint8))
-        pieces = cut_pieces(self.files, self.row_nbytes, first, rows, targets)
-        nbytes_read = 0
+        pieces = cut_pieces(self.files, self.row_nbytes, runs)
+        slab = nbytes_read = 0
         borders = np.flatnonzero(np.diff(pieces.file)) + 1
         edges = [0, *borders.tolist(), len(pieces.file)]
         for group in range(0, len(edges) - 1, _OPEN_FILES):
             spans = list(pairwise(edges[group : group + _OPEN_FILES + 1]))
-            nbytes_read += self._read_files(pieces, spans, target)
-        return nbytes_read
+            with ExitStack() as opened:
+                for fd, name, index_nbytes, calls in self._open_files(pieces, spans, target, opened):
+                    nbytes_read += index_nbytes
+                    for offset, nbytes, number, buffers in calls:
+                        if number != slab:
+                            yield nbytes_read
+                            slab, nbytes_read = number, 0
+                        read_fully(fd, buffers, offset, nbytes, name)
+                        nbytes_read += nbytes
+        yield nbytes_read
 
-    def _read_files(self, pieces: Pieces, spans: list[tuple[int, int]], target: memoryview) -> int:
-        nbytes_read = 0
-        with ExitStack() as opened:
-            requests = []
-            for begin, end in spans:
-                number = int(pieces.file[begin])
-                path = self.files.path(number)
-                name = self.files.name(path, number)
-                fd = open_file(path, name)
-                opened.callback(os.close, fd)
-                bases, index_nbytes = self.files.locate(fd, number, pieces.extent[begin:end])
-                offsets = bases + pieces.offset[begin:end]
-                calls = self._join(offsets, pieces.nbytes[begin:end], pieces.target[begin:end], target)
-                requests.append((fd, name, calls))
-                nbytes_read += index_nbytes
-            for fd, _, calls in requests:
-                announce(fd, ((offset, nbytes) for offset, nbytes, _ in calls))
-            for fd, name, calls in requests:
-                for offset, nbytes, buffers in calls:
-                    read_fully(fd, buffers, offset, nbytes, name)
-                    nbytes_read += nbytes
-        return nbytes_read
+    def _open_files(
+        self, pieces: Pieces, spans: list[tuple[int, int]], target: memoryview, opened: ExitStack
+    ) -> list[tuple[int, str, int, list[_Call]]]:
+        """Open files, and tell the kernel all that is read of them: descriptor, name, bytes of the index, calls."""
+        files = []
+        for begin, end in spans:
+            number = int(pieces.file[begin])
+            path = self.files.path(number)
+            name = self.files.name(path, number)
+            fd = open_file(path, name)
+            opened.callback(os.close, fd)
+            bases, index_nbytes = self.files.locate(fd, number, pieces.extent[begin:end])
+            files.append((fd, name, index_nbytes, self._join(bases, pieces, slice(begin, end), target)))
+        for fd, _, _, calls in files:
+            announce(fd, ((offset, nbytes) for offset, nbytes, _, _ in calls))
+        return files
 
-    def _join(
-        self, offsets: NDArray[np.int64], nbytes: NDArray[np.int64], targets: NDArray[np.int64], target: memoryview
-    ) -> list[_Call]:
-        """Join pieces that follow each other, in the file and in the destination, into one call each."""
+    def _join(self, bases: NDArray[np.int64], pieces: Pieces, part: slice, target: memoryview) -> list[_Call]:
+        """Join pieces of one file that follow each other, there and in the destination, into one call each."""
+        offsets, nbytes, targets = bases + pieces.offset[part], pieces.nbytes[part], pieces.target[part]
+        slabs = pieces.slab[part]
         gaps = offsets[1:] - offsets[:-1] - nbytes[:-1]
-        follows = targets[1:] == targets[:-1] + nbytes[:-1]
+        follows = (targets[1:] == targets[:-1] + nbytes[:-1]) & (slabs[1:] == slabs[:-1])
         joined = [False, *(follows & ((gaps == 0) | (gaps == self.checksum_nbytes))).tolist()]
         skipped = memoryview(bytearray(CHECKSUM_NBYTES))
         calls: list[_Call] = []
         buffers: list[memoryview] = []
         end = 0
-        for offset, size, where, join in zip(offsets.tolist(), nbytes.tolist(), targets.tolist(), joined, strict=True):
+        columns = (offsets.tolist(), nbytes.tolist(), targets.tolist(), slabs.tolist(), joined)
+        for offset, size, where, slab, join in zip(*columns, strict=True):
             if join and len(buffers) < _IOVECS:
                 if offset > end:
                     buffers.append(skipped)
                 buffers.append(target[where : where + size])
                 start = calls[-1][0]
-                calls[-1] = (start, offset + size - start, buffers)
+                calls[-1] = (start, offset + size - start, slab, buffers)
             else:
                 buffers = [target[where : where + size]]
-                calls.append((offset, size, buffers))
+                calls.append((offset, size, slab, buffers))
             end = offset + size
         return calls
 
 
-type _Call = tuple[int, int, list[memoryview]]
-"""Offset in the file, bytes in all, and the buffers that they go to, one after the other."""
+type _Call = tuple[int, int, int, list[memoryview]]
+"""Offset in the file, bytes in all, their slab, and the buffers that they go to, one after the other."""
 
 
 def check_files(matrix: Matrix, starts: NDArray[np.int64], length: int) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec
 
 import pipeline
-from pipeline import decoding, readers, staging
+from pipeline import decoding, pieces, readers, staging
 from pipeline.runs import open_run, writing
 from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
 
@@ -257,6 +257,24 @@ def test_bytes_read_are_those_planned(name, matrices):
     checksums = 4 * len(STARTS) * plan.chunk.chunks if matrix.layout.chunk_checksum else 0
     assert plan.chunk.nbytes_read <= read <= plan.chunk.nbytes_read + checksums
     assert decode_seconds == 0
+
+
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader == "direct"])
+@given(st.data())
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_slabs_of_any_size_give_the_same_windows(name, matrices, data):
+    """Spans are read slab by slab: a window may cross their borders, and each row is read once all the same."""
+    length = data.draw(st.integers(1, 40))
+    starts = data.draw(st.lists(st.integers(0, ROWS - length), min_size=1, max_size=80))
+    plan = pipeline.plan_windows(open_layout(matrices, name), starts, length=length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "is_dense", lambda joined: np.ones(joined.shape[:-1], bool))
+        patch.setattr(readers, "SLAB_NBYTES", 10**9)
+        whole, _ = read_all(plan)
+        patch.setattr(readers, "SLAB_NBYTES", plan.matrix.row_nbytes * data.draw(st.integers(1, 60)))
+        read, _ = read_all(plan)
+    checksums = 4 * ROWS if plan.matrix.layout.chunk_checksum else 0
+    assert whole - checksums <= read <= whole
 
 
 @pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader == "decoded"])
