@@ -340,6 +340,7 @@ def plan(*, as_json: bool, **arguments: Any) -> None:
                 "chunks": cost.chunks,
                 "nbytes_read": cost.nbytes_read,
                 "amplification": cost.amplification,
+                "spans": cost.scratch_nbytes > 0,
             }
             for cost in (planned.chunk, planned.request)
         },
@@ -369,7 +370,7 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
     begin = time.perf_counter()
     with _loading():
         from pipeline.memory import PeakMemory
-        from pipeline.report import name_limit
+        from pipeline.report import name_limit, share_seconds
         from pipeline.runs import active_client, count_threads
 
         matrix, sink = _prepare(**arguments)
@@ -382,7 +383,14 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
         ended = time.perf_counter()
     planned = sink.plan
     amplification = watch.nbytes_read / planned.nbytes
-    limit, advice = name_limit(watch, threads=threads, seconds=ended - started, amplification=amplification)
+    shares = share_seconds(watch)
+    limit, advice = name_limit(
+        watch,
+        threads=threads,
+        seconds=ended - started,
+        amplification=amplification,
+        repetition=sink.cost.nbytes_read / planned.chunk.nbytes_read,
+    )
     numbers = {
         "matrix": matrix.path,
         "windows": len(planned),
@@ -395,6 +403,7 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
         "crossings": planned.crossings(),
         "tasks": watch.done_tasks,
         **_seconds(watch, begin, ready, started, ended),
+        "shares": shares,
         "limit": limit,
         "bytes_per_second": planned.nbytes / (ended - started),
         "peak_memory": peak.nbytes,
@@ -410,6 +419,7 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
     if matrix.parts is not None and not arguments["within"]:
         facts["crossings"] = f"{planned.crossings():,} windows cross the border of two parts"
     facts["limit"] = f"{limit}; {advice}" if advice else limit
+    facts["shares"] = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
     _report(facts | _run_facts(numbers), numbers, as_json=as_json)
 
 
@@ -435,8 +445,18 @@ def demo(directory: str | None, *, cluster: str | None, as_json: bool, quiet: bo
 
 @cli.command()
 @click.argument("directory", metavar="[DIR]", required=False)
-@_option("--scenario", type=click.Choice(["seed", "compressed", "small"]), default="seed", show_default=True)
-@_option("--rows", type=click.IntRange(min=1), help="Of the matrix. Default: seed 125,000; else the full size.")
+@_option(
+    "--scenario",
+    type=click.Choice(["seed", "compressed", "small", "store", "create"]),
+    default="seed",
+    show_default=True,
+    help="The seed's windows into an array; compressed; many small ones; into Zarr; a matrix of a file.",
+)
+@_option(
+    "--rows",
+    type=click.IntRange(min=1),
+    help="Of the matrix. Default: 125,000; compressed and small: the full size.",
+)
 @_option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="One more is thrown away.")
 @_option("--cold", is_flag=True, help="Drop the files' pages before each read; needs no root.")
 @_option("--limit", type=click.FloatRange(min=0.1), default=120, show_default=True, help="Seconds of one read.")

@@ -201,7 +201,8 @@ class Plan:
         for sink, cost in (("gather (order chunk)", self.chunk), ("store (order request)", self.request)):
             facts[sink] = (
                 f"{count_of(cost.tasks, 'task')}, {count_of(cost.chunks, 'chunk')}, "
-                f"{verb} {format_size(cost.nbytes_read)}, amplification {cost.amplification:.2f}"
+                f"{verb} {format_size(cost.nbytes_read)}{' in spans' if cost.scratch_nbytes else ''}, "
+                f"amplification {cost.amplification:.2f}"
             )
         if self.request.nbytes_read > 2 * self.chunk.nbytes_read:
             facts["store (order chunk)"] = "as gather, with places beside the sorted windows: far less"

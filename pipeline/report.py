@@ -13,6 +13,8 @@ _LEAST_SECONDS = 0.2
 """A shorter run says nothing of what limited it."""
 _IDLE = 0.5
 _WASTE = 2.0
+STAGES = ("read", "decode", "apply", "write")
+"""What a task does, in this order; `Watch` counts the seconds of each."""
 
 
 @dataclass(slots=True)
@@ -50,7 +52,16 @@ class Watch:
         self.write_seconds += receipt.write_seconds
 
 
-def name_limit(watch: Watch, *, threads: int, seconds: float, amplification: float) -> tuple[str, str]:
+def share_seconds(watch: Watch) -> dict[str, float]:
+    """Part of the tasks' time that each stage took, 0 to 1."""
+    seconds = {stage: float(getattr(watch, f"{stage}_seconds")) for stage in STAGES}
+    busy = sum(seconds.values())
+    return {stage: value / busy if busy else 0.0 for stage, value in seconds.items()}
+
+
+def name_limit(
+    watch: Watch, *, threads: int, seconds: float, amplification: float, repetition: float
+) -> tuple[str, str]:
     """Tell what limited a run, and what would help.
 
     Parameters
@@ -61,6 +72,8 @@ def name_limit(watch: Watch, *, threads: int, seconds: float, amplification: flo
         Wall clock of the work.
     amplification
         Bytes read divided by bytes that were asked for.
+    repetition
+        Bytes that the plan reads in the order of the run, divided by those of order `chunk`.
 
     Returns
     -------
@@ -81,6 +94,8 @@ def name_limit(watch: Watch, *, threads: int, seconds: float, amplification: flo
     limit = max(stages, key=lambda stage: stages[stage])
     if stages[limit] < _IDLE * busy:
         return "unknown", ""
+    if limit in ("storage", "decode") and repetition > _WASTE:
+        return limit, "--order chunk reads each chunk once, and keeps the windows' places beside them"
     if limit == "storage" and amplification > _WASTE:
         return limit, "a matrix of shorter chunks, or not compressed, would read less"
     advice = {

@@ -87,7 +87,14 @@ class Footprint:
 
 
 def fit_memory(
-    task_nbytes: int, limit: int | None, *, threads: int, what: str, held: int = 0, way_out: str = "raise the limit"
+    task_nbytes: int,
+    limit: int | None,
+    *,
+    threads: int,
+    what: str,
+    held: int = 0,
+    enough: int | None = None,
+    way_out: str = "raise the limit",
 ) -> Footprint:
     """Choose how many tasks are under way at once: two a thread, so that none waits, or as many as memory allows.
 
@@ -103,6 +110,8 @@ def fit_memory(
         Names the request in the error.
     held
         Bytes that are held all the while: the result.
+    enough
+        Bytes that more tasks at once should not pass where the user sets no limit.
     way_out
         Ends the error.
 
@@ -118,7 +127,8 @@ def fit_memory(
             f"a run fits its memory; {what} needs {format_size(needed)}, {allowed.source} allows "
             f"{format_size(allowed.nbytes)}; {way_out}"
         )
-    at_once = min(2 * threads, 1 + (allowed.nbytes - needed) // max(1, task_nbytes))
+    most = allowed.nbytes if enough is None or limit is not None else min(allowed.nbytes, max(needed, enough))
+    at_once = min(2 * threads, 1 + (most - needed) // max(1, task_nbytes))
     return Footprint(at_once, needed + (min(at_once, threads) - 1) * task_nbytes)
 
 

@@ -13,6 +13,7 @@ from pipeline.readers import check_files
 from pipeline.report import Watch
 from pipeline.runs import active_client, count_threads, fit_memory, open_run, run_tasks, writing
 from pipeline.shards import create_array, cut_results, write_entries
+from pipeline.sizes import MIB
 from pipeline.staging import check_apart, check_destination, stage_folder
 from pipeline.tasks import check_order, make_block, name_tasks, prepare_work
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _SHARD_COPIES = 2
 """Writing a shard through zarr holds as many times its bytes more."""
+_ENOUGH_NBYTES = 1024 * MIB
+"""More memory than this is only taken where the user allows it, however many threads there are."""
 
 
 def write_block(work: Work, task: Task, array: zarr.Array[Any], first: int, run: str) -> Receipt:
@@ -124,7 +127,8 @@ class Storing:
         each = self.plan.reading_nbytes + (1 + _SHARD_COPIES) * windows * self.work.result.nbytes
         if self.work.apply is not None:
             each += windows * self.plan.window_nbytes
-        return fit_memory(each, self.plan.memory, threads=count_threads(active_client()), what="one task of store")
+        threads = count_threads(active_client())
+        return fit_memory(each, self.plan.memory, threads=threads, what="one task of store", enough=_ENOUGH_NBYTES)
 
     def run(self, watch: Watch) -> zarr.Group:
         """Read and write the windows, telling `watch` of every task that is done."""

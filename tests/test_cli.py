@@ -233,8 +233,9 @@ def test_run_to_npy(cli, matrix, values, tmp_path):
     expected = {"matrix": str(matrix), "windows": 5, "length": 16, "out": "w.npy", "result_shape": [5, 16, 20]}
     assert {key: numbers[key] for key in expected} == expected
     counts = {"nbytes_delivered", "nbytes_read", "amplification", "crossings", "tasks"}
-    assert set(numbers) == {*expected, *counts, *RUN_NUMBERS, "limit"}
+    assert set(numbers) == {*expected, *counts, *RUN_NUMBERS, "limit", "shares"}
     assert numbers["limit"] in {"storage", "decode", "apply", "write", "Dask", "unknown"}
+    assert sum(numbers["shares"].values()) == pytest.approx(1)
     assert numbers["seconds"] >= numbers["plan_seconds"] + numbers["startup_seconds"] + numbers["work_seconds"]
     np.testing.assert_array_equal(np.load(tmp_path / "w.npy"), cut(values, starts))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npy", "w.npy"]

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 Kind = Literal["peer", "ours", "limit"]
 Reads = Literal["hdf5", "zarr", "matrix", "either", "nothing"]
+Task = Literal["gather", "store", "create"]
 
 
 class Reader(Protocol):
     """A file of `pipeline.bench.contenders`; it may have `session(job)`, a context manager held around the clock."""
 
-    def read(self, job: Job, starts: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the windows at `starts` in request order, (n, length, columns); all of this is timed."""
+    def read(self, job: Job, starts: NDArray[np.int64]) -> Any:
+        """Return the windows at `starts` in request order, (n, length, columns); all of this is timed.
+
+        An array, or what has the shape, dtype and slices of one: it is looked at after the clock.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class Contender:
     """Which files are warmed up or dropped for it; `either`: the HDF5 file, or Zarr where there is none."""
     needs: tuple[str, ...] = ()
     """Packages of others, loaded before the clock starts."""
+    task: Task = "gather"
+    """Scenarios of which it takes part in."""
 
     def why_not(self, *, compressed: bool, copied: bool = True) -> str | None:
         """Say why it takes no part; None if it does. `copied`: whether the peers' copy in Zarr is there."""
@@ -47,9 +53,6 @@ class Contender:
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 
-
-OURS = "ours_cluster"
-"""Whom ratios are taken against."""
 
 LINEUP = (
     Contender("h5py_concatenate", "h5py, loop, concatenate", "peer", "hdf5", ("h5py",)),
@@ -72,7 +75,12 @@ LINEUP = (
     Contender("limit_storage", "storage: bare preadv", "limit", "hdf5", ("h5py",)),
     Contender("limit_decode", "decode each chunk once", "limit", "zarr"),
     Contender("limit_memory", "memory: write the output", "limit", "nothing"),
+    Contender("ours_store", "this project, store", "ours", "matrix", ("zarr", "distributed"), "store"),
+    Contender("limit_store", "bare preadv, then one write", "limit", "hdf5", ("h5py",), "store"),
+    Contender("copy_file", "cp, then sync", "peer", "hdf5", ("h5py",), "create"),
+    Contender("ours_create", "this project, create", "ours", "hdf5", ("zarr", "distributed", "h5py"), "create"),
 )
+"""The last of kind `ours` in a scenario is whom ratios are taken against."""
 
 
 def contender(key: str) -> Contender:

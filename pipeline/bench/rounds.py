@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.bench.lineup import LINEUP, OURS, Contender
+from pipeline.bench.lineup import LINEUP, Contender
 from pipeline.errors import BudgetError
 from pipeline.memory import budget
 from pipeline.sizes import format_size
@@ -76,7 +76,7 @@ class Table:
 
     def ratio(self, score: Score) -> float | None:
         """Median over rounds of its seconds divided by ours in the same round; None where ours was not timed."""
-        ours = next(each for each in self.scores if each.contender.key == OURS)
+        ours = [each for each in self.scores if each.contender.kind == "ours"][-1]
         pairs = [value / ours.seconds[number] for number, value in score.seconds.items() if number in ours.seconds]
         return statistics.median(pairs) if pairs else None
 
@@ -154,7 +154,7 @@ def run_rounds(
             f"{allowed.source} allows {format_size(allowed.nbytes)}; give fewer --rows"
         )
     scores = []
-    for contender in LINEUP:
+    for contender in (each for each in LINEUP if each.task == scenario.task):
         reason = contender.why_not(compressed=scenario.compressed, copied=scenario.job(folder).zarr.exists())
         scores.append(Score(contender, "skipped", reason) if reason else Score(contender))
     order = {

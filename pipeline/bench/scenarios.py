@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Values = Literal["counted", "smooth"]
+Task = Literal["gather", "store", "create"]
 
 _FUSED_PIPELINE = "zarr.core.codec_pipeline.FusedCodecPipeline"
 _STEP_NBYTES = 16 * MIB
@@ -51,6 +52,8 @@ class Scenario:
     """Rows of its shards; 0: plain chunks."""
     compressed: bool
     """Whether the one Zarr is compressed and all contenders read it; else there are an HDF5 file and two of Zarr."""
+    task: Task = "gather"
+    """What is timed: windows into an array, or into a file that is flushed; or a copy of the HDF5 file, flushed."""
 
     @property
     def nbytes(self) -> int:
@@ -86,8 +89,8 @@ class Scenario:
             return numbers.astype(np.uint32).view(np.float32)
         return numbers.astype(self.dtype)
 
-    def is_right(self, windows: NDArray[Any], starts: NDArray[np.int64]) -> bool:
-        """Whether windows hold the very bits that they should."""
+    def is_right(self, windows: Any, starts: NDArray[np.int64]) -> bool:
+        """Whether windows, an array or what is sliced like one, hold the very bits that they should."""
         shape = (len(starts), self.length, self.columns)
         if windows.shape != shape or windows.dtype != self.dtype:
             return False
@@ -112,9 +115,11 @@ class Scenario:
             if not self.compressed:
                 say(f"write {self.name}: A.h5, contiguous")
                 self._write_hdf5(partial / "A.h5")
+            if not self.compressed and self.task != "create":
                 say(f"write {self.name}: A.zarr, as `pipeline create` makes it")
                 create_matrix(partial / "A.h5", partial / "A.zarr", dataset=DATASET)
-            if self.compressed or shutil.disk_usage(partial).free > self.nbytes + _SPARE_NBYTES:
+            room = shutil.disk_usage(partial).free > self.nbytes + _SPARE_NBYTES
+            if self.compressed or (self.task == "gather" and room):
                 say(f"write {self.name}: plain.zarr, for the peers" if not self.compressed else f"write {self.name}")
                 self._write_zarr(partial / "plain.zarr")
             for path in partial.rglob("*"):
@@ -173,6 +178,8 @@ class Job:
     """Zarr array as this package's `create` writes it; the peers' where the scenario is compressed."""
     cluster: str | None = None
     """Cluster file of the contender that runs on one."""
+    folder: Path | None = None
+    """See `scratch`."""
 
     @property
     def length(self) -> int:
@@ -208,9 +215,37 @@ class Job:
         """Allocate the windows, (count, length, columns), inside the clock."""
         return np.empty((count, self.length, self.shape[1]), self.dtype)
 
+    def scratch(self) -> Path:
+        """Folder for what is written within the clock; it is removed afterwards."""
+        assert self.folder is not None
+        return self.folder
+
     def row_indices(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index of every row of every window, (count * length,)."""
         return (starts[:, None] + np.arange(self.length)).ravel()
+
+
+@dataclass(frozen=True, slots=True)
+class WindowsOf:
+    """Windows of an array of rows, cut when they are looked at: after the clock."""
+
+    rows: Any
+    starts: NDArray[np.int64]
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, length, columns)."""
+        return (len(self.starts), self.length, *self.rows.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the rows."""
+        dtype: np.dtype[Any] = self.rows.dtype
+        return dtype
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        return np.stack([self.rows[start : start + self.length] for start in self.starts[part].tolist()])
 
 
 _SEED = Scenario("seed", 2_000_000, 2000, np.dtype("f8"), 16, 10_000, "counted", 4, 4096, compressed=False)
@@ -218,9 +253,15 @@ _SMALL = Scenario("small", 10_000_000, 32, np.dtype("f4"), 16, 1_000_000, "count
 _CHUNKS = Scenario("compressed-chunks", 400_000, 500, np.dtype("f4"), 16, 10_000, "smooth", 256, 0, compressed=True)
 _SHARDS = replace(_CHUNKS, name="compressed-shards", chunk_rows=32, shard_rows=8192)
 
-SCENARIOS = {"seed": (_SEED,), "compressed": (_CHUNKS, _SHARDS), "small": (_SMALL,)}
+SCENARIOS = {
+    "seed": (_SEED,),
+    "compressed": (_CHUNKS, _SHARDS),
+    "small": (_SMALL,),
+    "store": (replace(_SEED, name="store", task="store"),),
+    "create": (replace(_SEED, name="create", task="create"),),
+}
 """At full size, by the name that the command line takes."""
-_DEFAULT_ROWS = {"seed": 125_000}
+_DEFAULT_ROWS = {"seed": 125_000, "store": 125_000, "create": 125_000}
 
 
 def choose_scenarios(name: str, rows: int | None) -> tuple[Scenario, ...]:

@@ -8,8 +8,10 @@ import os
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from pipeline.memory import PeakMemory, budget
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_CHECKED_LIMITS = {"limit_storage", "limit_store"}
+"""The others give no windows."""
 _WARM_SHARE = 0.5
 """Part of the memory that files may take to be warmed up as a whole."""
 
@@ -59,9 +63,13 @@ def run_once(who: Contender, job: Job, *, cold: bool, limit: float, over: Callab
     module: Any = importlib.import_module(f"pipeline.bench.contenders.{who.key}")
     starts = job.scenario.starts()
     paths = files_of(who, job)
-    with getattr(module, "session", nullcontext)(job):
+    with TemporaryDirectory(prefix="written-", dir=job.zarr.parent) as folder, ExitStack() as session:
+        job = replace(job, folder=Path(folder))
+        if hasattr(module, "session"):
+            session.enter_context(module.session(job))
         # Much is imported, compiled or started at the first use: one window, alike for all, before the clock.
-        module.read(job, starts[:1])
+        if who.task != "create":
+            module.read(job, starts[:1])
         # A virtual machine gets its memory at the first touch, which can cost seconds, and gives it back soon: touch
         # what the result and one copy of it take, and let go of it as the clock starts, alike for all. Pages come
         # zeroed by the kernel within the clock, for all, too.
@@ -83,8 +91,10 @@ def run_once(who: Contender, job: Job, *, cold: bool, limit: float, over: Callab
             windows = module.read(job, starts)
             seconds = time.perf_counter() - begin
             timer.cancel()
+        checked = who.kind != "limit" or who.key in _CHECKED_LIMITS
+        wrong = checked and not job.scenario.is_right(windows, starts)
     facts = {"peak_memory": peak.nbytes, "cached": cached}
-    if (who.kind != "limit" or who.key == "limit_storage") and not job.scenario.is_right(windows, starts):
+    if wrong:
         return {"state": "wrong"} | facts
     return {"state": "timed", "seconds": seconds} | facts
 

@@ -1,0 +1,39 @@
+"""How many tasks are under way at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import runs
+from pipeline.errors import BudgetError
+from pipeline.memory import Budget
+from pipeline.sizes import MIB
+
+
+@pytest.fixture
+def ten_gib(monkeypatch):
+    monkeypatch.setattr(runs, "budget", lambda limit: Budget(limit or 10240 * MIB, "a limit"))
+    monkeypatch.setattr(runs, "held_nbytes", lambda: 0)
+
+
+@pytest.mark.usefixtures("ten_gib")
+@pytest.mark.parametrize(
+    ("threads", "limit", "enough", "at_once", "peak"),
+    [
+        (2, None, None, 4, 464),
+        (64, None, None, 50, 10064),
+        (64, None, 1024 * MIB, 4, 864),
+        (64, None, 100 * MIB, 1, 264),
+        (64, 2048 * MIB, 1024 * MIB, 9, 1864),
+        (2, 264 * MIB, None, 1, 264),
+    ],
+)
+def test_memory_bounds_the_tasks_that_are_under_way(threads, limit, enough, at_once, peak):
+    footprint = runs.fit_memory(200 * MIB, limit, threads=threads, what="a task", enough=enough)
+    assert (footprint.at_once, footprint.peak_nbytes) == (at_once, peak * MIB)
+
+
+@pytest.mark.usefixtures("ten_gib")
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(BudgetError, match="a task needs 264 MiB, a limit allows 263 MiB; raise the limit"):
+        runs.fit_memory(200 * MIB, 263 * MIB, threads=2, what="a task")
