@@ -182,6 +182,7 @@ def test_plan(cli, matrix, tmp_path):
         "chunks": units(starts, 16, 8),
         "nbytes_read": nbytes_read,
         "amplification": nbytes_read / (5 * 16 * 160),
+        "spans": False,
     }
     assert numbers.pop("peak_memory") > 2**20
     assert numbers.pop("disk_free") > 0

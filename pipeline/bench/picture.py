@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill, shorten
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
@@ -21,6 +22,8 @@ _COLORS = {"ours": "#d95f02", "peer": "#7a8fa6"}
 _DASHES = {"limit_storage": "-", "limit_decode": "--", "limit_memory": ":"}
 _PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 """Behind words, so that no line crosses them."""
+_REASON, _LINE = 50, 130
+"""Letters of a reason, and of a line, that the picture has room for."""
 _LOGARITHMIC = 20
 """Where the slowest takes so many times the fastest, a linear axis hides all but the slow."""
 
@@ -93,10 +96,14 @@ def _draw(table: Table, axes: Axes) -> None:
             fontsize=9,
             frameon=False,
         )
-    left = [f"{score.contender.label} ({score.reason})" for score in table.untimed() if score.state != "skipped"]
+    left = [
+        f"{score.contender.label} ({shorten(score.reason, _REASON, placeholder=' ...')})"
+        for score in table.untimed()
+        if score.state != "skipped"
+    ]
     if left:
         axes.annotate(
-            "not timed: " + "; ".join(left),
+            fill("not timed: " + "; ".join(left), _LINE),
             (0, 0),
             xycoords="axes fraction",
             xytext=(0, -58),
