@@ -10,11 +10,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.bench.scenarios import Job
+    from pipeline.bench.scenarios import Job, Task
 
 Kind = Literal["peer", "ours", "limit"]
 Reads = Literal["hdf5", "zarr", "matrix", "either", "nothing"]
-Task = Literal["gather", "store", "create"]
 
 
 class Reader(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +11,7 @@ import numpy as np
 from pipeline.create import create_matrix
 from pipeline.errors import InputError, IntegrityError
 from pipeline.sizes import MIB
-from pipeline.staging import check_destination
+from pipeline.staging import check_destination, sync_path
 from pipeline.starts import draw_starts
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ class Scenario:
                 self._write_zarr(partial / "plain.zarr")
             for path in partial.rglob("*"):
                 if path.is_file():
-                    _sync(path)
+                    sync_path(path)
             partial.rename(made)
         return self.job(made)
 
@@ -292,11 +291,3 @@ def choose_scenarios(name: str, rows: int | None) -> tuple[Scenario, ...]:
         count = max(_LEAST_COUNT, full.count * size // full.rows)
         chosen.append(replace(full, rows=size, count=min(count, full.count) if rows is None else count))
     return tuple(chosen)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
