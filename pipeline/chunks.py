@@ -42,6 +42,20 @@ class ShardIndex:
         """Size of the encoded index."""
         return 16 * self.chunks + CHECKSUM_NBYTES * self.checksum
 
+    def encode(self, offsets: NDArray[np.int64], chunk_nbytes: int) -> bytes:
+        """Encode the index of a shard whose first chunks, all of one size, begin at `offsets` (k,); others are absent.
+
+        Examples
+        --------
+        >>> import numpy
+        >>> ShardIndex(chunks=2, at_end=True, checksum=False).encode(numpy.array([0]), 7).hex(" ", 8)
+        '0000000000000000 0700000000000000 ffffffffffffffff ffffffffffffffff'
+        """
+        index = np.full((self.chunks, 2), _ABSENT, "<u8")
+        index[: len(offsets), 0], index[: len(offsets), 1] = offsets, chunk_nbytes
+        raw = index.tobytes()
+        return raw + google_crc32c.value(raw).to_bytes(CHECKSUM_NBYTES, "little") if self.checksum else raw
+
     def read(self, fd: int, name: str) -> NDArray[np.int64]:
         """Read and check the index of a shard that is open; see `parse`."""
         size = os.fstat(fd).st_size

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.encoding import slab_nbytes, writing_nbytes
 from pipeline.errors import InputError
 from pipeline.matrix import ATTRIBUTE, Matrix, html_table, local_folder, open_matrix
 from pipeline.memory import budget, parse_size
@@ -24,10 +25,8 @@ from pipeline.tasks import Receipt, name_tasks
 
 if TYPE_CHECKING:
     import zarr
-    from numpy.typing import DTypeLike
+    from numpy.typing import DTypeLike, NDArray
 
-_FILE_COPIES = 3
-"""Writing a file holds its rows and, through zarr, twice their bytes more."""
 _READ_SHARE = 0.25
 """Part of the memory budget that the rows of one task may take, where a source's chunks make long runs pay."""
 
@@ -83,9 +82,17 @@ class Creation:
     @property
     def task_nbytes(self) -> int:
         """Memory that one task holds."""
-        file_nbytes = self.cut.file * self.row_nbytes
-        decoding = self.source.chunk_rows * self.row_nbytes if self.source.chunk_rows > 1 else 0
-        return self.task_rows * self.row_nbytes + (_FILE_COPIES - 1) * file_nbytes + decoding
+        rows = self.task_rows * self.row_nbytes
+        file_nbytes, chunk_nbytes = self.cut.file * self.row_nbytes, self.cut.chunk * self.row_nbytes
+        writing = writing_nbytes(file_nbytes, chunk_nbytes, plain=self.compress is None)
+        if self.streams:
+            return slab_nbytes(file_nbytes, chunk_nbytes) + writing
+        return rows + writing + (self.source.chunk_rows * self.row_nbytes if self.source.chunk_rows > 1 else 0)
+
+    @property
+    def streams(self) -> bool:
+        """Whether a task reads a few rows at a time while it writes: where they can be read alone."""
+        return self.source.chunk_rows == 1 and self.compress is None
 
     def footprint(self) -> Footprint:
         """Memory of the run; BudgetError where not even one task fits."""
@@ -111,7 +118,7 @@ class Creation:
             )
             with open_run() as run:
                 arguments = (
-                    (self.source, array, self.cut.file, number, first, min(first + self.task_rows, shape[0]), run)
+                    (self.source, array, self.streams, number, first, min(first + self.task_rows, shape[0]), run)
                     for number, first in enumerate(range(0, shape[0], self.task_rows))
                 )
                 tasks = name_tasks("create", copy_rows, arguments)
@@ -278,14 +285,22 @@ def _inputs(source: Any) -> list[str]:
 
 
 def copy_rows(
-    source: Source, array: zarr.Array[Any], file_rows: int, number: int, first: int, stop: int, run: str
+    source: Source, array: zarr.Array[Any], streams: bool, number: int, first: int, stop: int, run: str
 ) -> Receipt:
-    """Read rows [first, stop) of a source and write them, a file at a time."""
+    """Read rows [first, stop) of a source, all before the first is written unless it streams, and write them."""
     begin = time.perf_counter()
-    rows = source.read_rows(first, stop)
-    read = time.perf_counter()
-    for start in range(first, stop, file_rows):
-        with writing(run):
-            write_entries(array, start, rows[start - first : min(start + file_rows, stop) - first])
-    done = time.perf_counter()
-    return Receipt(number, stop - first, rows.nbytes, read - begin, write_seconds=done - read)
+    read_seconds = 0.0
+
+    def read(start: int, end: int) -> NDArray[Any]:
+        nonlocal read_seconds
+        before = time.perf_counter()
+        rows = source.read_rows(start, end)
+        read_seconds += time.perf_counter() - before
+        return rows
+
+    rows = None if streams else read(first, stop)
+    with writing(run):
+        write_entries(array, first, stop, read if rows is None else lambda a, b: rows[a - first : b - first])
+    nbytes = (stop - first) * math.prod(source.shape[1:]) * source.dtype.itemsize
+    write_seconds = time.perf_counter() - begin - read_seconds
+    return Receipt(number, stop - first, nbytes, read_seconds, write_seconds=write_seconds)

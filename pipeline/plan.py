@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline.encoding import writing_nbytes
 from pipeline.matrix import Matrix, html_table
 from pipeline.memory import parse_size
 from pipeline.sizes import MIB, count_of, format_size
@@ -209,7 +210,8 @@ class Plan:
         facts["memory of gather"] = (
             f"{format_size(self.nbytes)} for the result + {format_size(self.reading_nbytes)} a thread"
         )
-        facts["memory of store"] = f"{format_size(3 * self.block_nbytes + self.reading_nbytes)} a thread"
+        writing = writing_nbytes(self.block_nbytes, self.window_nbytes, plain=self.window_nbytes <= BLOCK_NBYTES)
+        facts["memory of store"] = f"{format_size(self.block_nbytes + writing + self.reading_nbytes)} a thread"
         crossings = self.crossings()
         if crossings:
             facts["crossings"] = f"{crossings:,} windows cross the border of two parts"

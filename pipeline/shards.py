@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.encoding import write_plain
 from pipeline.errors import DiskSpaceError, InputError, OpenError
 from pipeline.layout import read_layout
 from pipeline.plan import BLOCK_NBYTES
@@ -15,7 +16,7 @@ from pipeline.sources import FUSED_PIPELINE
 from pipeline.staging import sync_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     import zarr
@@ -93,19 +94,36 @@ def create_array(
         )
 
 
-def write_entries(array: zarr.Array[Any], first: int, block: NDArray[Any]) -> None:
-    """Write entries [first, first + len(block)), whole files of the array, and flush them to the disk.
+def write_entries(array: zarr.Array[Any], first: int, stop: int, read: Callable[[int, int], NDArray[Any]]) -> None:
+    """Write entries [first, stop), whole files of an array that `create_array` made, and flush them to the disk.
+
+    Uncompressed chunks are encoded here, byte for byte as zarr does it (its codecs `bytes`, `crc32c` and
+    `sharding_indexed`), at several times its speed; all else is zarr's.
+
+    Parameters
+    ----------
+    first, stop
+        `first` begins a file; `stop` ends one, or the array.
+    read
+        Gives entries [a, b) of the array, asked for in order, each once.
 
     Raises
     ------
     DiskSpaceError
         If the disk is full.
+    OpenError
+        If it cannot be written.
     """
     layout = read_layout(array)
+    plain = layout.reader == "direct" and layout.chunk_checksum
     try:
-        array[first : first + len(block)] = block
-        for number in range(first // layout.file_rows, -(-(first + len(block)) // layout.file_rows)):
-            for path in layout.files.paths(number):
+        for start in range(first, stop, layout.file_rows):
+            end = min(start + layout.file_rows, stop)
+            if plain:
+                write_plain(layout, array.shape[1:], array.dtype, start, end, read)
+                continue
+            array[start:end] = read(start, end)
+            for path in layout.files.paths(start // layout.file_rows):
                 sync_path(Path(path))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.encoding import writing_nbytes
 from pipeline.errors import InputError
 from pipeline.matrix import ATTRIBUTE
 from pipeline.readers import check_files
@@ -19,13 +20,12 @@ from pipeline.tasks import check_order, make_block, name_tasks, prepare_work
 
 if TYPE_CHECKING:
     import zarr
+    from numpy.typing import NDArray
 
     from pipeline.plan import Cost, Order, Plan, Task
     from pipeline.runs import Footprint
     from pipeline.tasks import Apply, Receipt, Work
 
-_SHARD_COPIES = 2
-"""Writing a shard through zarr holds as many times its bytes more."""
 _ENOUGH_NBYTES = 1024 * MIB
 """More memory than this is only taken where the user allows it, however many threads there are."""
 
@@ -35,8 +35,13 @@ def write_block(work: Work, task: Task, array: zarr.Array[Any], first: int, run:
     block, receipt = make_block(work, task)
     begin = time.perf_counter()
     with writing(run):
-        write_entries(array, first, block)
+        _write_values(array, first, block)
     return replace(receipt, write_seconds=time.perf_counter() - begin)
+
+
+def _write_values(array: zarr.Array[Any], first: int, values: NDArray[Any]) -> None:
+    """Write entries [first, first + len(values)): whole files."""
+    write_entries(array, first, first + len(values), lambda start, stop: values[start - first : stop - first])
 
 
 def store(
@@ -123,12 +128,16 @@ class Storing:
 
     def footprint(self) -> Footprint:
         """Memory of the run: a task's windows, their result, what writing a shard takes; BudgetError if too much."""
-        windows = min(self.plan.task_windows, len(self.plan))
-        each = self.plan.reading_nbytes + (1 + _SHARD_COPIES) * windows * self.work.result.nbytes
+        plan, entry = self.plan, self.work.result
+        windows = min(plan.task_windows, len(plan))
+        cut = cut_results(len(plan), entry.nbytes, plan.task_windows, entry.shape)
+        file_nbytes = windows * entry.nbytes
+        writing = writing_nbytes(file_nbytes, cut.chunk * entry.nbytes, plain=not cut.inner)
+        each = plan.reading_nbytes + file_nbytes + writing
         if self.work.apply is not None:
-            each += windows * self.plan.window_nbytes
+            each += windows * plan.window_nbytes
         threads = count_threads(active_client())
-        return fit_memory(each, self.plan.memory, threads=threads, what="one task of store", enough=_ENOUGH_NBYTES)
+        return fit_memory(each, plan.memory, threads=threads, what="one task of store", enough=_ENOUGH_NBYTES)
 
     def run(self, watch: Watch) -> zarr.Group:
         """Read and write the windows, telling `watch` of every task that is done."""
@@ -183,7 +192,7 @@ def _create_group(partial: Path, plan: Plan, work: Work, order: Order) -> zarr.A
             dimension_names=["window"],
             attributes={},
         )
-        write_entries(array, 0, values)
+        _write_values(array, 0, values)
     shape = work.result.shape
     names = ["window", "row", *(f"column_{axis}" for axis in range(len(shape) - 1))]
     if shape != plan.window_shape:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from pipeline.sizes import format_size
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -42,9 +40,7 @@ def draw_tables(tables: Sequence[Table], machine: str, path: Path) -> None:
 def _draw(table: Table, axes: Axes) -> None:
     scenario, scores = table.scenario, table.ranked()
     axes.set_title(
-        f"{scenario.name}, {'cold' if table.cold else 'warm'} page cache: {scenario.count:,} windows of "
-        f"({scenario.length}, {scenario.columns}) {scenario.dtype},\n{format_size(scenario.result_nbytes)} out of "
-        f"{format_size(scenario.nbytes)}",
+        f"{scenario.name}, {'cold' if table.cold else 'warm'} page cache:\n{scenario.words()}",
         loc="left",
         fontsize=11,
         fontweight="bold",

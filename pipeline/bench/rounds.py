@@ -90,7 +90,7 @@ class Table:
             "dtype": scenario.dtype.name,
             "windows": scenario.count,
             "length": scenario.length,
-            "nbytes_wanted": scenario.result_nbytes,
+            "nbytes_wanted": scenario.made_nbytes,
             "contenders": [self._row(score) for score in self.scores],
         }
 
@@ -110,7 +110,7 @@ class Table:
                 "least": min(seconds),
                 "most": max(seconds),
                 "ratio": self.ratio(score),
-                "bytes_per_second": self.scenario.result_nbytes / score.median,
+                "bytes_per_second": self.scenario.made_nbytes / score.median,
                 "peak_memory": score.peak_memory,
                 "cached": score.cached,
             }
@@ -236,13 +236,8 @@ def machine_words(machine: dict[str, Any]) -> str:
 def table_lines(table: Table) -> list[str]:
     """Write a table for a terminal."""
     scenario = table.scenario
-    title = (
-        f"{scenario.name}, {'cold' if table.cold else 'warm'}: {scenario.count:,} windows of "
-        f"({scenario.length}, {scenario.columns}) {scenario.dtype} out of {scenario.rows:,} rows, "
-        f"{format_size(scenario.result_nbytes)}"
-    )
     lines = [
-        title,
+        f"{scenario.name}, {'cold' if table.cold else 'warm'}: {scenario.words()}",
         f"  {'':<30}{'median s':>9}  {'range':^17}{'MB/s':>8}{'times ours':>12}{'memory':>11}",
     ]
     for score in [*table.ranked(), *table.limits()]:
@@ -250,7 +245,7 @@ def table_lines(table: Table) -> list[str]:
         name = f"limit, {score.contender.label}" if score.contender.kind == "limit" else score.contender.label
         lines.append(
             f"{'>' if score.contender.kind == 'ours' else ' '} {name:<30}{score.median:>9.3f}  "
-            f"{min(seconds):>7.3f} - {max(seconds):<7.3f}{scenario.result_nbytes / score.median / 1e6:>8,.0f}"
+            f"{min(seconds):>7.3f} - {max(seconds):<7.3f}{scenario.made_nbytes / score.median / 1e6:>8,.0f}"
             f"{'' if ratio is None else format(ratio, '.2f'):>12}{format_size(score.peak_memory):>11}"
         )
     skipped: dict[str, list[str]] = {}

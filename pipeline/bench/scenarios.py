@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.create import create_matrix
 from pipeline.errors import InputError, IntegrityError
-from pipeline.sizes import MIB
+from pipeline.sizes import MIB, format_size
 from pipeline.staging import check_destination, sync_path
 from pipeline.starts import draw_starts
 
@@ -63,6 +63,18 @@ class Scenario:
     def result_nbytes(self) -> int:
         """Bytes of the windows."""
         return self.count * self.length * self.columns * self.dtype.itemsize
+
+    @property
+    def made_nbytes(self) -> int:
+        """Bytes of what is timed: of the windows, or of the matrix where it is created."""
+        return self.nbytes if self.task == "create" else self.result_nbytes
+
+    def words(self) -> str:
+        """What is timed, for a person."""
+        rows = f"{self.rows:,} rows" if self.task == "create" else f"{self.count:,} windows"
+        shape = f"({self.columns},)" if self.task == "create" else f"({self.length}, {self.columns})"
+        whole = "" if self.task == "create" else f" out of {format_size(self.nbytes)}"
+        return f"{rows} of {shape} {self.dtype}, {format_size(self.made_nbytes)}{whole}"
 
     @property
     def disk_nbytes(self) -> int:

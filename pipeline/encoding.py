@@ -1,0 +1,121 @@
+"""A file of uncompressed chunks, byte for byte as zarr encodes it, written as fast as the disk takes it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numpy as np
+
+from pipeline.chunks import CHECKSUM_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from pipeline.layout import Layout
+
+_SLAB_NBYTES = 4 * 2**20
+"""Bytes of whole chunks that are encoded and handed to the disk at once: they stay in the processor's cache, and the
+disk writes them while the next are encoded."""
+_ZARR_COPIES = 2
+"""Writing a file through zarr holds as many times its bytes more."""
+
+
+def slab_nbytes(file_nbytes: int, chunk_nbytes: int) -> int:
+    """Bytes of a file's entries that `write_plain` asks for at once; it holds as many more, encoded."""
+    return min(file_nbytes, max(1, _SLAB_NBYTES // chunk_nbytes) * chunk_nbytes)
+
+
+def writing_nbytes(file_nbytes: int, chunk_nbytes: int, *, plain: bool) -> int:
+    """Memory that writing a file takes beside its entries, by `write_plain` or through zarr."""
+    return slab_nbytes(file_nbytes, chunk_nbytes) if plain else _ZARR_COPIES * file_nbytes
+
+
+def write_plain(
+    layout: Layout,
+    entry_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    first: int,
+    stop: int,
+    read: Callable[[int, int], NDArray[Any]],
+) -> None:
+    """Write one file of chunks that are plain bytes and a checksum each: beside its name, flushed, then renamed.
+
+    Parameters
+    ----------
+    layout
+        That a `direct` reader reads, with a checksum after each chunk.
+    entry_shape, dtype
+        Of one entry along the first axis.
+    first, stop
+        Entries of the file: as many as it holds, or up to the end of the array.
+    read
+        Gives entries [a, b) of the array, asked for in order, each once.
+
+    Raises
+    ------
+    OSError
+        As the system says it.
+    """
+    path = Path(layout.files.path(first // layout.file_rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    entry_nbytes = math.prod(entry_shape) * dtype.itemsize
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            _encode(fd, layout, entry_nbytes, first, stop, lambda a, b: _as_bytes(read(a, b), dtype))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        partial.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _as_bytes(entries: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(entries, dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+
+
+def _encode(
+    fd: int, layout: Layout, entry_nbytes: int, first: int, stop: int, read: Callable[[int, int], NDArray[np.uint8]]
+) -> None:
+    """Write the chunks of a file, and the index of a shard behind them."""
+    chunk_nbytes = layout.chunk_rows * entry_nbytes
+    step = slab_nbytes(layout.file_rows * entry_nbytes, chunk_nbytes) // entry_nbytes
+    slab = np.empty((step // layout.chunk_rows, chunk_nbytes + CHECKSUM_NBYTES), np.uint8)
+    written = 0
+    for start in range(first, stop, step):
+        entries = read(start, min(start + step, stop))
+        whole, rest = divmod(len(entries), chunk_nbytes)
+        chunks = slab[: whole + bool(rest)]
+        chunks[:whole, :-CHECKSUM_NBYTES] = entries[: len(entries) - rest].reshape(whole, chunk_nbytes)
+        if rest:
+            # The array's last chunk: what it lacks reads as zeros, the fill value.
+            chunks[-1, :rest] = entries[-rest:]
+            chunks[-1, rest:] = 0
+        for chunk in chunks:
+            checksum = google_crc32c.value(chunk[:-CHECKSUM_NBYTES])
+            chunk[-CHECKSUM_NBYTES:] = np.frombuffer(checksum.to_bytes(CHECKSUM_NBYTES, "little"), np.uint8)
+        _write_fully(fd, memoryview(chunks.reshape(-1)))
+        if hasattr(os, "posix_fadvise"):
+            # Linux starts writing such pages to the disk at once, so that the flush at the end finds little to do.
+            os.posix_fadvise(fd, written, chunks.nbytes, os.POSIX_FADV_DONTNEED)
+        written += chunks.nbytes
+    if layout.files.index is not None:
+        offsets = np.arange(0, written, slab.shape[1])
+        _write_fully(fd, memoryview(layout.files.index.encode(offsets, slab.shape[1])))
+
+
+def _write_fully(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
