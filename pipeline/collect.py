@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.cluster import check_client
-from pipeline.errors import InputError
+from pipeline.errors import InputError, IntegrityError
+from pipeline.journal import Request, digest_array, name_function
+from pipeline.npy import create_npy, map_npy, mark_npy, reopen_npy
 from pipeline.readers import check_files
+from pipeline.record import record_entries
 from pipeline.report import Watch
 from pipeline.runs import (
     active_client,
@@ -23,18 +27,35 @@ from pipeline.runs import (
     shares_memory,
     writing,
 )
-from pipeline.staging import check_apart, check_destination, stage_file
-from pipeline.tasks import Apply, Receipt, Work, make_block, name_tasks, prepare_work, read_windows
+from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
+from pipeline.stamps import stamp_matrix
+from pipeline.tasks import Apply, Receipt, Work, check_apply_travels, make_block, name_tasks, prepare_work, read_windows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from pipeline.plan import Cost, Plan, Task
     from pipeline.runs import Footprint
+    from pipeline.staging import Stage
+    from pipeline.stamps import Stamp
+
+_FLUSH_SHARE = 4
+"""Seconds of work for each second that flushing an `.npy` took, before the next: its pages lie scattered."""
 
 
-_destinations: dict[str, NDArray[Any]] = {}
-"""Arrays that tasks of this process write into, by the id of their run."""
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """An array that tasks of this process write into."""
+
+    array: NDArray[Any]
+    recorded: bool
+    """Whether receipts tell what was written."""
+
+
+_destinations: dict[str, Destination] = {}
+"""By the id of their run."""
 # A child that is forked during a run has a copy of the array, and would write into that.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_destinations.clear)
@@ -42,16 +63,23 @@ if hasattr(os, "register_at_fork"):
 
 def place_block(work: Work, task: Task, run: str) -> tuple[NDArray[np.int64], NDArray[Any], Receipt] | Receipt:
     """Put a task's windows into their places in the run's array where this process holds it; else return them."""
-    if work.apply is None and run in _destinations:
+    destination = _destinations.get(run)
+    if work.apply is None and destination is not None:
         with writing(run):
-            return read_windows(work, task, _destinations[run], task.places)
+            receipt = read_windows(work, task, destination.array, task.places)
+            return _with_record(receipt, destination, task.places)
     # The run waits for its writers when it ends: `apply`, which may take long, is none of them.
     block, receipt = make_block(work, task)
-    if run not in _destinations:
+    if destination is None:
         return task.places, block, receipt
     with writing(run):
-        _destinations[run][task.places] = block
-    return receipt
+        destination.array[task.places] = block
+        return _with_record(receipt, destination, task.places)
+
+
+def _with_record(receipt: Receipt, destination: Destination, places: NDArray[np.int64]) -> Receipt:
+    """Add to a receipt what its windows hold now."""
+    return replace(receipt, files=(record_entries(destination.array, places),)) if destination.recorded else receipt
 
 
 def gather(
@@ -59,6 +87,7 @@ def gather(
     *,
     apply: Apply | None = None,
     out: NDArray[Any] | str | Path | None = None,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> NDArray[Any]:
     """Read every window into one array, in request order.
@@ -76,8 +105,10 @@ def gather(
     out
         An array to fill, of the result's shape and dtype and C-contiguous; or the path of an `.npy` file, which
         appears only when it is complete, and whose memory map is returned. Default: a new array.
+    resume
+        Whether to go on where an interrupted run of the same request ended; nothing is done where it is finished.
     overwrite
-        Whether an `.npy` that exists may be replaced.
+        Whether an `.npy` that this package wrote may be replaced.
 
     Returns
     -------
@@ -105,7 +136,7 @@ def gather(
     >>> pipeline.gather(plan, apply=lambda block: block.mean(axis=(1, 2)))
     array([415.5,  29.5])
     """
-    return prepare_gathering(plan, apply=apply, out=out, overwrite=overwrite).run(Watch())
+    return prepare_gathering(plan, apply=apply, out=out, resume=resume, overwrite=overwrite).run(Watch())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +146,7 @@ class Gathering:
     plan: Plan
     work: Work
     out: NDArray[Any] | Path | None
+    resume: bool
     overwrite: bool
 
     @property
@@ -150,54 +182,129 @@ class Gathering:
         what = f"the array of {len(plan):,} windows" if held else "one task"
         return fit_memory(each, plan.memory, threads=count_threads(client), held=held, what=what, way_out=way_out)
 
+    def request(self, stamp: Stamp) -> Request:
+        """What decides the bytes of the file."""
+        facts = {
+            "kind": "npy",
+            "matrix": stamp.digest,
+            "starts": digest_array(self.plan.starts),
+            "length": str(self.plan.length),
+            "apply": name_function(self.work.apply),
+            "result": f"{self.shape} {self.work.result.dtype.str}",
+        }
+        return Request(facts)
+
     def run(self, watch: Watch) -> NDArray[Any]:
         """Read the windows, telling `watch` of every task that is done."""
-        footprint = self.footprint()
-        out, dtype = self.out, self.work.result.dtype
-        if isinstance(out, Path):
-            with stage_file(out, dtype, self.shape, overwrite=self.overwrite) as array:
-                self._fill(array, watch, footprint.at_once)
-            written: NDArray[Any] = np.load(out, mmap_mode="r+", allow_pickle=False)
-            return written
-        if out is None:
-            out = np.empty(self.shape, dtype)
-        self._fill(out, watch, footprint.at_once)
-        return out
-
-    def _fill(self, out: NDArray[Any], watch: Watch, at_once: int) -> None:
+        plan, footprint, dtype = self.plan, self.footprint(), self.work.result.dtype
         client = active_client()
+        if not shares_memory(client):
+            check_apply_travels(self.work)
+        placed = shares_memory(client) and self.work.apply is None
+        windows = plan.fit_tasks(threads=count_threads(client), placed=placed)
+        stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+        if not isinstance(self.out, Path):
+            out = np.empty(self.shape, dtype) if self.out is None else self.out
+            cut = list(plan.tasks("chunk", windows=windows))
+            watch.begin(len(cut), len(plan), out.nbytes)
+            for receipt in self._fill(out, cut, footprint.at_once, recorded=False):
+                watch.task_done(receipt)
+            stamp.check()
+            return out
+        request = self.request(stamp)
+        if not (self.resume and is_finished(self.out, request)):
+            with stage_output(
+                self.out, request, cut=windows, nbytes=self.nbytes, resume=self.resume, overwrite=self.overwrite
+            ) as stage:
+                self._write(stage, watch, footprint.at_once)
+                stamp.check()
+                mark_npy(stage.output, request.digest)
+        return map_npy(self.out)
+
+    def _write(self, stage: Stage, watch: Watch, at_once: int) -> None:
+        """Fill an `.npy` by the tasks that are not finished yet, each journaled once its windows are on the disk."""
+        plan, dtype = self.plan, self.work.result.dtype
+        if not (stage.done and reopen_npy(stage.output, dtype, self.shape)):
+            stage.redo(list(stage.done))
+            create_npy(stage.output, dtype, self.shape)
+        array = map_npy(stage.output)
+        cut = list(plan.tasks("chunk", windows=stage.cut))
+        stage.redo([n for n, files in stage.done.items() if (record_entries(array, cut[n].places),) != files])
+        watch.begin(len(cut), len(plan), self.nbytes)
+        for task in cut:
+            if task.number in stage.done:
+                watch.task_kept(len(task.places))
+        places = {task.number: task.places for task in cut if task.number not in stage.done}
+        flushed: list[Receipt] = []
+        due = 0.0
+        try:
+            todo = [task for task in cut if task.number in places]
+            for receipt in self._fill(array, todo, at_once, recorded=True):
+                flushed.append(receipt)
+                if time.monotonic() >= due:
+                    begin = time.monotonic()
+                    _flush(stage, array, flushed, places, watch)
+                    due = time.monotonic() + _FLUSH_SHARE * (time.monotonic() - begin)
+        finally:
+            _flush(stage, array, flushed, places, watch)
+        stage.check_complete(len(cut))
+
+    def _fill(self, out: NDArray[Any], cut: list[Task], at_once: int, *, recorded: bool) -> Iterator[Receipt]:
+        """Run tasks, and yield the receipt of each once its windows are in their places."""
+        destination = Destination(out, recorded)
+        travel = not shares_memory(active_client())
         with open_run() as run:
-            _destinations[run] = out
+            _destinations[run] = destination
             try:
-                placed = shares_memory(client) and self.work.apply is None
-                windows = self.plan.fit_tasks(threads=count_threads(client), placed=placed)
-                cut = self.plan.tasks("chunk", windows=windows)
                 tasks = name_tasks("read", place_block, ((self.work, task, run) for task in cut))
-                watch.begin(len(tasks), len(self.plan), out.nbytes)
-                for result in run_tasks(tasks, at_once=at_once, results_travel=not shares_memory(client)):
+                for result in run_tasks(tasks, at_once=at_once, results_travel=travel):
                     if isinstance(result, Receipt):
-                        watch.task_done(result)
+                        yield result
                     else:
                         places, block, receipt = result
                         out[places] = block
-                        watch.task_done(receipt)
+                        yield _with_record(receipt, destination, places)
             finally:
                 close_run(run)
                 _destinations.pop(run, None)
 
 
+def _flush(
+    stage: Stage, array: NDArray[Any], receipts: list[Receipt], places: dict[int, NDArray[np.int64]], watch: Watch
+) -> None:
+    """Flush the windows of finished tasks to the disk, read them back, and note the tasks."""
+    if not receipts:
+        return
+    assert isinstance(array, np.memmap)
+    array.flush()
+    for receipt in receipts:
+        if (record_entries(map_npy(stage.output), places[receipt.number]),) != receipt.files:
+            raise IntegrityError(
+                f"windows read back as they were written; those of task {receipt.number} do not: check the disk"
+            )
+    stage.finish(*((receipt.number, receipt.files) for receipt in receipts))
+    finished = receipts.copy()
+    receipts.clear()
+    for receipt in finished:
+        watch.task_done(receipt)
+
+
 def prepare_gathering(
-    plan: Plan, *, apply: Apply | None, out: NDArray[Any] | str | Path | None, overwrite: bool
+    plan: Plan, *, apply: Apply | None, out: NDArray[Any] | str | Path | None, resume: bool, overwrite: bool
 ) -> Gathering:
     """Check everything that `gather` needs before it begins: files, `apply`, destination, memory."""
     if isinstance(out, str | Path):
         out = Path(out)
         if out.suffix != ".npy":
             raise InputError(f"out is an array or the path of an .npy file; got {out}; name it .npy, or use store")
-        check_destination(out, nbytes=0, overwrite=overwrite)
+        if not resume:
+            # Before `apply` is probed, and files are looked for.
+            check_destination(out, nbytes=0, overwrite=overwrite)
         check_apart(out, plan.matrix.inputs())
+    elif resume:
+        raise InputError("a run that resumes has a file to go on with; an array in memory has none; drop it")
     check_files(plan.matrix, plan.sorted_starts, plan.length)
-    gathering = Gathering(plan, prepare_work(plan, apply), out, overwrite)
+    gathering = Gathering(plan, prepare_work(plan, apply), out, resume, overwrite)
     shape, dtype = gathering.shape, gathering.work.result.dtype
     if isinstance(out, np.ndarray) and not (
         out.shape == shape and out.dtype == dtype and out.flags.c_contiguous and out.flags.writeable
@@ -207,6 +314,8 @@ def prepare_gathering(
             f"strides {out.strides}, {'' if out.flags.writeable else 'not '}writable; allocate it with numpy.empty"
         )
     if isinstance(out, Path):
-        check_destination(out, nbytes=gathering.nbytes, overwrite=overwrite, dtype=dtype, shape=shape)
+        stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+        if not (resume and is_result(out, gathering.request(stamp))):
+            check_destination(out, nbytes=gathering.nbytes, resume=resume, overwrite=overwrite)
     gathering.footprint()
     return gathering

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +14,25 @@ import numpy as np
 
 from pipeline.encoding import slab_nbytes, writing_nbytes
 from pipeline.errors import InputError
-from pipeline.matrix import ATTRIBUTE, Matrix, html_table, local_folder, open_matrix
+from pipeline.journal import Request
+from pipeline.matrix import Matrix, html_table, local_folder, open_matrix
 from pipeline.memory import budget, parse_size
+from pipeline.record import seal_folder
 from pipeline.report import Watch
 from pipeline.runs import Footprint, active_client, count_threads, fit_memory, open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, create_array, cut_rows, write_entries
 from pipeline.sizes import count_of, format_size
 from pipeline.sources import Source, open_source
-from pipeline.staging import check_apart, check_destination, stage_folder
+from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
+from pipeline.stamps import stamp_source
 from pipeline.tasks import Receipt, name_tasks
 
 if TYPE_CHECKING:
     import zarr
     from numpy.typing import DTypeLike, NDArray
+
+    from pipeline.staging import Stage
+    from pipeline.stamps import Stamp
 
 _READ_SHARE = 0.25
 """Part of the memory budget that the rows of one task may take, where a source's chunks make long runs pay."""
@@ -42,6 +49,7 @@ class Creation:
     task_rows: int
     """Rows of one task: whole shards; long enough that a source's chunk is decoded once, where memory allows."""
     memory: int | None
+    resume: bool
     overwrite: bool
 
     @property
@@ -99,33 +107,64 @@ class Creation:
         threads = count_threads(active_client())
         return fit_memory(self.task_nbytes, self.memory, threads=threads, what="one task of create")
 
+    def request(self, stamp: Stamp) -> Request:
+        """What decides the bytes of the matrix."""
+        facts = {
+            "kind": "matrix",
+            "source": stamp.digest,
+            "shape": str(self.source.shape),
+            "dtype": self.source.dtype.str,
+            "layout": f"{self.cut} {self.compress}",
+        }
+        return Request(facts)
+
     def run(self, watch: Watch) -> Matrix:
         """Write the matrix, telling `watch` of every task that is done."""
-        footprint, shape = self.footprint(), self.source.shape
-        ours: dict[str, Any] = {"kind": "matrix"}
-        parts = getattr(self.source, "parts", None)
-        if parts is not None:
-            ours["parts"] = parts.tolist()
-        with stage_folder(self.dest, nbytes=self.least_nbytes, overwrite=self.overwrite) as partial:
-            array = create_array(
-                partial,
-                shape=shape,
-                dtype=self.source.dtype,
-                cut=self.cut,
-                compress=self.compress,
-                dimension_names=["row", *(f"column_{axis}" for axis in range(len(shape) - 1))],
-                attributes={ATTRIBUTE: ours},
-            )
-            with open_run() as run:
-                arguments = (
-                    (self.source, array, self.streams, number, first, min(first + self.task_rows, shape[0]), run)
-                    for number, first in enumerate(range(0, shape[0], self.task_rows))
-                )
-                tasks = name_tasks("create", copy_rows, arguments)
-                watch.begin(len(tasks), shape[0], self.nbytes_written)
-                for receipt in run_tasks(tasks, at_once=footprint.at_once):
-                    watch.task_done(receipt)
+        footprint, stamp = self.footprint(), stamp_source(self.source)
+        request = self.request(stamp)
+        if self.resume and is_finished(self.dest, request):
+            return open_matrix(self.dest)
+        with stage_output(
+            self.dest,
+            request,
+            cut=self.task_rows,
+            nbytes=self.least_nbytes,
+            resume=self.resume,
+            overwrite=self.overwrite,
+        ) as stage:
+            self._write(stage, watch, footprint.at_once)
+            # Whatever changed while it was read, an exit 0 would call it a copy.
+            stamp.check()
+            ours: dict[str, Any] = {"kind": "matrix", "request": request.facts}
+            parts = getattr(self.source, "parts", None)
+            if parts is not None:
+                ours["parts"] = parts.tolist()
+            seal_folder(stage.output, chain.from_iterable(stage.done.values()), ours)
         return open_matrix(self.dest)
+
+    def _write(self, stage: Stage, watch: Watch, at_once: int) -> None:
+        """Run the tasks that are not finished yet."""
+        shape, rows = self.source.shape, stage.cut
+        array = create_array(
+            stage.output,
+            shape=shape,
+            dtype=self.source.dtype,
+            cut=self.cut,
+            compress=self.compress,
+            dimension_names=["row", *(f"column_{axis}" for axis in range(len(shape) - 1))],
+            attributes={},
+        )
+        cuts = [(number, first, min(first + rows, shape[0])) for number, first in enumerate(range(0, shape[0], rows))]
+        watch.begin(len(cuts), shape[0], self.nbytes_written)
+        for number, first, stop in cuts:
+            if number in stage.done:
+                watch.task_kept(stop - first)
+        with open_run() as run:
+            arguments = ((self.source, array, self.streams, *each, run) for each in cuts if each[0] not in stage.done)
+            for receipt in run_tasks(name_tasks("create", copy_rows, arguments), at_once=at_once):
+                stage.finish((receipt.number, receipt.files))
+                watch.task_done(receipt)
+        stage.check_complete(len(cuts))
 
     @property
     def least_nbytes(self) -> int:
@@ -167,6 +206,7 @@ def create_matrix(
     chunk_rows: int | None = None,
     compress: Compression | None = None,
     memory: int | str | None = None,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> Matrix:
     """Make a matrix from what is there; it appears only when it is complete.
@@ -196,6 +236,8 @@ def create_matrix(
         `"zstd"` or `"blosc"`. Default: not compressed, so that any run of rows can be read alone.
     memory
         Limit in bytes, or text such as "8GB", for all that the run holds.
+    resume
+        Whether to go on where an interrupted run of the same request ended; nothing is done where it is finished.
     overwrite
         Whether a Zarr that this package wrote may be replaced.
 
@@ -230,6 +272,7 @@ def create_matrix(
         chunk_rows=chunk_rows,
         compress=compress,
         memory=memory,
+        resume=resume,
         overwrite=overwrite,
     )
     return creation.run(Watch())
@@ -249,6 +292,7 @@ def plan_creation(
     chunk_rows: int | None,
     compress: Compression | None,
     memory: int | str | None,
+    resume: bool,
     overwrite: bool,
 ) -> Creation:
     """Open the sources and decide everything about the matrix; nothing is created."""
@@ -261,7 +305,8 @@ def plan_creation(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise InputError(f"{name} is a whole number of rows; got {value!r}; give one of at least {least}")
     opened = open_source(source, dtype=dtype, row_shape=row_shape, dataset=dataset, axis=axis, seed=seed)
-    check_destination(dest, nbytes=0, overwrite=overwrite)
+    if not resume:
+        check_destination(dest, nbytes=0, overwrite=overwrite)
     check_apart(dest, _inputs(source))
     row_nbytes = math.prod(opened.shape[1:]) * opened.dtype.itemsize
     cut = cut_rows(
@@ -271,8 +316,9 @@ def plan_creation(
     # A source's chunk that spans many shards would be decoded for each of them: let a task write several.
     room = int(budget(limit).nbytes * _READ_SHARE)
     files = max(1, min(-(-opened.chunk_rows // cut.file), room // (cut.file * row_nbytes)))
-    creation = Creation(opened, dest, cut, compress, files * cut.file, limit, overwrite)
-    check_destination(dest, nbytes=creation.least_nbytes, overwrite=overwrite)
+    creation = Creation(opened, dest, cut, compress, files * cut.file, limit, resume, overwrite)
+    if not (resume and is_result(dest, creation.request(stamp_source(opened)))):
+        check_destination(dest, nbytes=creation.least_nbytes, resume=resume, overwrite=overwrite)
     creation.footprint()
     return creation
 
@@ -300,7 +346,7 @@ def copy_rows(
 
     rows = None if streams else read(first, stop)
     with writing(run):
-        write_entries(array, first, stop, read if rows is None else lambda a, b: rows[a - first : b - first])
+        files = write_entries(array, first, stop, read if rows is None else lambda a, b: rows[a - first : b - first])
     nbytes = (stop - first) * math.prod(source.shape[1:]) * source.dtype.itemsize
     write_seconds = time.perf_counter() - begin - read_seconds
-    return Receipt(number, stop - first, nbytes, read_seconds, write_seconds=write_seconds)
+    return Receipt(number, stop - first, nbytes, read_seconds, write_seconds=write_seconds, files=tuple(files))

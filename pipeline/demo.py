@@ -10,9 +10,10 @@ import numpy as np
 from pipeline.collect import gather
 from pipeline.create import create_matrix
 from pipeline.errors import IntegrityError
+from pipeline.journal import Request
 from pipeline.plan import plan_windows
 from pipeline.sizes import MIB, format_size
-from pipeline.staging import check_destination, stage_file
+from pipeline.staging import check_destination, stage_output
 from pipeline.starts import draw_starts
 from pipeline.writeback import store
 
@@ -79,9 +80,12 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, str], 
 
 def _write_source(path: Path) -> None:
     generator = np.random.default_rng(0)
-    with stage_file(path, np.dtype(np.float64), (ROWS, COLUMNS), overwrite=False) as array:
+    request, nbytes = Request({"kind": "demo"}), ROWS * COLUMNS * 8
+    with stage_output(path, request, cut=ROWS, nbytes=nbytes, resume=False, overwrite=False) as stage:
+        array = np.lib.format.open_memmap(stage.output, mode="w+", dtype=np.float64, shape=(ROWS, COLUMNS))
         for first in range(0, ROWS, _STEP_ROWS):
             generator.random(out=array[first : first + _STEP_ROWS])
+        array.flush()
 
 
 def _check(source: Path, starts: NDArray[np.int64], windows: NDArray[Any], result: Any) -> None:

@@ -13,6 +13,9 @@ import google_crc32c
 import numpy as np
 
 from pipeline.chunks import CHECKSUM_NBYTES
+from pipeline.errors import IntegrityError
+from pipeline.layout import Files
+from pipeline.record import FileRecord, extend_crc32, record_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,8 +48,8 @@ def write_plain(
     first: int,
     stop: int,
     read: Callable[[int, int], NDArray[Any]],
-) -> None:
-    """Write one file of chunks that are plain bytes and a checksum each: beside its name, flushed, then renamed.
+) -> FileRecord:
+    """Write one file of chunks that are plain bytes and a checksum each: beside its name, flushed, read back, renamed.
 
     Parameters
     ----------
@@ -59,27 +62,43 @@ def write_plain(
     read
         Gives entries [a, b) of the array, asked for in order, each once.
 
+    Returns
+    -------
+    FileRecord
+        Its key is relative to the array's folder.
+
     Raises
     ------
     OSError
         As the system says it.
+    IntegrityError
+        If the file does not read back as it was written.
     """
-    path = Path(layout.files.path(first // layout.file_rows))
+    files = layout.files
+    assert isinstance(files, Files)
+    path = Path(files.path(first // layout.file_rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     entry_nbytes = math.prod(entry_shape) * dtype.itemsize
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
-            _encode(fd, layout, entry_nbytes, first, stop, lambda a, b: _as_bytes(read(a, b), dtype))
+            written = _encode(fd, layout, entry_nbytes, first, stop, lambda a, b: _as_bytes(read(a, b), dtype))
             os.fsync(fd)
         finally:
             os.close(fd)
+        _check_written(partial, written)
         partial.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+    return FileRecord(os.path.relpath(path, files.root), *written)
+
+
+def _check_written(path: Path, written: tuple[int, int]) -> None:
+    if record_file(path.parent, path.name)[1:] != written:
+        raise IntegrityError(f"a file reads back as it was written; {path} does not: check the disk and memory")
 
 
 def _as_bytes(entries: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
@@ -88,12 +107,12 @@ def _as_bytes(entries: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
 
 def _encode(
     fd: int, layout: Layout, entry_nbytes: int, first: int, stop: int, read: Callable[[int, int], NDArray[np.uint8]]
-) -> None:
-    """Write the chunks of a file, and the index of a shard behind them."""
+) -> tuple[int, int]:
+    """Write the chunks of a file, and the index of a shard behind them; return their bytes, and the checksum of all."""
     chunk_nbytes = layout.chunk_rows * entry_nbytes
     step = slab_nbytes(layout.file_rows * entry_nbytes, chunk_nbytes) // entry_nbytes
     slab = np.empty((step // layout.chunk_rows, chunk_nbytes + CHECKSUM_NBYTES), np.uint8)
-    written = 0
+    written = whole_checksum = 0
     for start in range(first, stop, step):
         entries = read(start, min(start + step, stop))
         whole, rest = divmod(len(entries), chunk_nbytes)
@@ -106,14 +125,19 @@ def _encode(
         for chunk in chunks:
             checksum = google_crc32c.value(chunk[:-CHECKSUM_NBYTES])
             chunk[-CHECKSUM_NBYTES:] = np.frombuffer(checksum.to_bytes(CHECKSUM_NBYTES, "little"), np.uint8)
-        _write_fully(fd, memoryview(chunks.reshape(-1)))
+        encoded = chunks.reshape(-1)
+        whole_checksum = extend_crc32(whole_checksum, encoded)
+        _write_fully(fd, memoryview(encoded))
         if hasattr(os, "posix_fadvise"):
             # Linux starts writing such pages to the disk at once, so that the flush at the end finds little to do.
-            os.posix_fadvise(fd, written, chunks.nbytes, os.POSIX_FADV_DONTNEED)
-        written += chunks.nbytes
+            os.posix_fadvise(fd, written, len(encoded), os.POSIX_FADV_DONTNEED)
+        written += len(encoded)
     if layout.files.index is not None:
-        offsets = np.arange(0, written, slab.shape[1])
-        _write_fully(fd, memoryview(layout.files.index.encode(offsets, slab.shape[1])))
+        index = layout.files.index.encode(np.arange(0, written, slab.shape[1]), slab.shape[1])
+        whole_checksum = extend_crc32(whole_checksum, index)
+        _write_fully(fd, memoryview(index))
+        written += len(index)
+    return written, whole_checksum
 
 
 def _write_fully(fd: int, data: memoryview) -> None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from pipeline.encoding import write_plain
-from pipeline.errors import DiskSpaceError, InputError, OpenError
-from pipeline.layout import read_layout
+from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, PipelineError
+from pipeline.layout import Files, read_layout
 from pipeline.plan import BLOCK_NBYTES
+from pipeline.record import record_file
 from pipeline.sources import FUSED_PIPELINE
 from pipeline.staging import sync_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy as np
     import zarr
     from numpy.typing import NDArray
+
+    from pipeline.layout import Layout
+    from pipeline.record import FileRecord
 
 Compression = Literal["zstd", "blosc"]
 
@@ -50,6 +56,7 @@ class Cut:
 
 def create_array(
     path: Path,
+    name: str | None = None,
     *,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
@@ -58,7 +65,10 @@ def create_array(
     dimension_names: Sequence[str],
     attributes: dict[str, Any],
 ) -> zarr.Array[Any]:
-    """Create a Zarr v3 array in the layout that this package writes, to be filled by `write_entries`."""
+    """Create a Zarr v3 array in the layout that this package writes, to be filled by `write_entries`.
+
+    It lies in the folder `path`, or, by its name, in the group that is there.
+    """
     import zarr
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
@@ -80,7 +90,8 @@ def create_array(
         after = []
     with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
         return zarr.create_array(
-            str(path),
+            path,
+            name=name,
             shape=shape,
             dtype=dtype,
             chunks=outer,
@@ -94,8 +105,10 @@ def create_array(
         )
 
 
-def write_entries(array: zarr.Array[Any], first: int, stop: int, read: Callable[[int, int], NDArray[Any]]) -> None:
-    """Write entries [first, stop), whole files of an array that `create_array` made, and flush them to the disk.
+def write_entries(
+    array: zarr.Array[Any], first: int, stop: int, read: Callable[[int, int], NDArray[Any]]
+) -> list[FileRecord]:
+    """Write entries [first, stop), whole files of an array that `create_array` made, flush them, and read them back.
 
     Uncompressed chunks are encoded here, byte for byte as zarr does it (its codecs `bytes`, `crc32c` and
     `sharding_indexed`), at several times its speed; all else is zarr's.
@@ -107,28 +120,54 @@ def write_entries(array: zarr.Array[Any], first: int, stop: int, read: Callable[
     read
         Gives entries [a, b) of the array, asked for in order, each once.
 
+    Returns
+    -------
+    list of FileRecord
+        Of each file; keys are relative to the array's folder.
+
     Raises
     ------
     DiskSpaceError
         If the disk is full.
     OpenError
         If it cannot be written.
+    IntegrityError
+        If a file does not read back as it was written.
     """
     layout = read_layout(array)
+    written = []
     plain = layout.reader == "direct" and layout.chunk_checksum
     try:
         for start in range(first, stop, layout.file_rows):
             end = min(start + layout.file_rows, stop)
             if plain:
-                write_plain(layout, array.shape[1:], array.dtype, start, end, read)
-                continue
-            array[start:end] = read(start, end)
-            for path in layout.files.paths(start // layout.file_rows):
-                sync_path(Path(path))
+                written.append(write_plain(layout, array.shape[1:], array.dtype, start, end, read))
+            else:
+                written += _write_by_zarr(array, layout, start, read(start, end))
+    except PipelineError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(f"an output fits its disk; {array.store_path}: {error.strerror}; free some") from error
         raise OpenError(f"an output can be written; {array.store_path}: {error.strerror}; check the disk") from error
+    return written
+
+
+def _write_by_zarr(array: zarr.Array[Any], layout: Layout, start: int, block: NDArray[Any]) -> list[FileRecord]:
+    """Write the entries of one file, or of those that hold the same rows."""
+    stop = start + len(block)
+    array[start:stop] = block
+    files, number = layout.files, start // layout.file_rows
+    assert isinstance(files, Files)
+    for path in files.paths(number):
+        sync_path(Path(path))
+    found = np.asarray(array[start:stop])
+    if not np.array_equal(found.view(np.uint8), np.ascontiguousarray(block, array.dtype).view(np.uint8)):
+        raise IntegrityError(
+            f"a file reads back as it was written; {files.path(number)} does not: check the disk and memory"
+        )
+    root = Path(files.root)
+    return [record_file(root, os.path.relpath(path, root)) for path in files.paths(number)]
 
 
 def cut_rows(

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.encoding import writing_nbytes
 from pipeline.errors import InputError
-from pipeline.matrix import ATTRIBUTE
+from pipeline.journal import Request, digest_array, name_function
 from pipeline.readers import check_files
+from pipeline.record import seal_folder
 from pipeline.report import Watch
-from pipeline.runs import active_client, count_threads, fit_memory, open_run, run_tasks, writing
+from pipeline.runs import active_client, count_threads, fit_memory, open_run, run_tasks, shares_memory, writing
 from pipeline.shards import create_array, cut_results, write_entries
 from pipeline.sizes import MIB
-from pipeline.staging import check_apart, check_destination, stage_folder
-from pipeline.tasks import check_order, make_block, name_tasks, prepare_work
+from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
+from pipeline.stamps import stamp_matrix
+from pipeline.tasks import check_apply_travels, check_order, make_block, name_tasks, prepare_work
 
 if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
     from pipeline.plan import Cost, Order, Plan, Task
+    from pipeline.record import FileRecord
     from pipeline.runs import Footprint
+    from pipeline.staging import Stage
+    from pipeline.stamps import Stamp
     from pipeline.tasks import Apply, Receipt, Work
 
 _ENOUGH_NBYTES = 1024 * MIB
@@ -35,13 +41,14 @@ def write_block(work: Work, task: Task, array: zarr.Array[Any], first: int, run:
     block, receipt = make_block(work, task)
     begin = time.perf_counter()
     with writing(run):
-        _write_values(array, first, block)
-    return replace(receipt, write_seconds=time.perf_counter() - begin)
+        files = _write_values(array, first, block)
+    return replace(receipt, write_seconds=time.perf_counter() - begin, files=tuple(files))
 
 
-def _write_values(array: zarr.Array[Any], first: int, values: NDArray[Any]) -> None:
-    """Write entries [first, first + len(values)): whole files."""
-    write_entries(array, first, first + len(values), lambda start, stop: values[start - first : stop - first])
+def _write_values(array: zarr.Array[Any], first: int, values: NDArray[Any]) -> list[FileRecord]:
+    """Write entries [first, first + len(values)), whole files; keys are relative to the group."""
+    files = write_entries(array, first, first + len(values), lambda start, stop: values[start - first : stop - first])
+    return [file._replace(key=f"{array.path}/{file.key}") for file in files]
 
 
 def store(
@@ -50,6 +57,7 @@ def store(
     *,
     apply: Apply | None = None,
     order: Order = "request",
+    resume: bool = False,
     overwrite: bool = False,
 ) -> zarr.Group:
     """Read every window and write it to a Zarr group on disk, which appears only when it is complete.
@@ -69,6 +77,8 @@ def store(
         `request`: `windows[i]` starts at `starts[i]` of the request. `chunk`: windows and starts are sorted by start,
         and `places[i]` is the position in the request of the i-th: reads each chunk once, which matters where chunks
         are decoded whole.
+    resume
+        Whether to go on where an interrupted run of the same request ended; nothing is done where it is finished.
     overwrite
         Whether a Zarr that this package wrote may be replaced.
 
@@ -98,7 +108,7 @@ def store(
     >>> result["windows"].shape, result["windows"][1, 0].tolist()
     ((2, 16, 2), [14.0, 15.0])
     """
-    return prepare_storing(plan, path, apply=apply, order=order, overwrite=overwrite).run(Watch())
+    return prepare_storing(plan, path, apply=apply, order=order, resume=resume, overwrite=overwrite).run(Watch())
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +119,7 @@ class Storing:
     work: Work
     out: Path
     order: Order
+    resume: bool
     overwrite: bool
 
     @property
@@ -139,52 +150,103 @@ class Storing:
         threads = count_threads(active_client())
         return fit_memory(each, plan.memory, threads=threads, what="one task of store", enough=_ENOUGH_NBYTES)
 
+    def request(self, stamp: Stamp) -> Request:
+        """What decides the bytes of the result."""
+        plan, entry = self.plan, self.work.result
+        facts = {
+            "kind": "windows",
+            "matrix": stamp.digest,
+            "starts": digest_array(plan.starts),
+            "length": str(plan.length),
+            "order": self.order,
+            "apply": name_function(self.work.apply),
+            "result": f"{self.shape} {entry.dtype.str}",
+            "layout": f"{cut_results(len(plan), entry.nbytes, plan.task_windows, entry.shape)}",
+        }
+        return Request(facts)
+
     def run(self, watch: Watch) -> zarr.Group:
         """Read and write the windows, telling `watch` of every task that is done."""
         import zarr
 
         plan, footprint = self.plan, self.footprint()
-        with stage_folder(self.out, nbytes=self.nbytes, overwrite=self.overwrite) as partial:
-            array = _create_group(partial, plan, self.work, self.order)
-            with open_run() as run:
-                arguments = (
-                    (self.work, task, array, task.number * plan.task_windows, run) for task in plan.tasks(self.order)
-                )
-                tasks = name_tasks("write", write_block, arguments)
-                watch.begin(len(tasks), len(plan), self.nbytes)
-                for receipt in run_tasks(tasks, at_once=footprint.at_once):
-                    watch.task_done(receipt)
-        return zarr.open_group(str(self.out), mode="r")
+        if not shares_memory(active_client()):
+            check_apply_travels(self.work)
+        stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+        request = self.request(stamp)
+        if not (self.resume and is_finished(self.out, request)):
+            with stage_output(
+                self.out,
+                request,
+                cut=plan.task_windows,
+                nbytes=self.nbytes,
+                resume=self.resume,
+                overwrite=self.overwrite,
+            ) as stage:
+                beside = self._write(stage, watch, footprint.at_once)
+                stamp.check()
+                ours = {"kind": "windows", "matrix": plan.matrix.path, "length": plan.length, "order": self.order}
+                files = [*beside, *chain.from_iterable(stage.done.values())]
+                seal_folder(stage.output, files, ours | {"request": request.facts})
+        return zarr.open_group(self.out, mode="r")
+
+    def _write(self, stage: Stage, watch: Watch, at_once: int) -> list[FileRecord]:
+        """Run the tasks that are not finished yet, and return what was written beside them."""
+        plan = self.plan
+        array, beside = _create_group(stage.output, plan, self.work, self.order)
+        tasks = list(plan.tasks(self.order, windows=stage.cut))
+        watch.begin(len(tasks), len(plan), self.nbytes)
+        for task in tasks:
+            if task.number in stage.done:
+                watch.task_kept(len(task.starts))
+        with open_run() as run:
+            arguments = (
+                (self.work, task, array, task.number * stage.cut, run)
+                for task in tasks
+                if task.number not in stage.done
+            )
+            for receipt in run_tasks(name_tasks("write", write_block, arguments), at_once=at_once):
+                stage.finish((receipt.number, receipt.files))
+                watch.task_done(receipt)
+        stage.check_complete(len(tasks))
+        return beside
 
 
-def prepare_storing(plan: Plan, path: str | Path, *, apply: Apply | None, order: Order, overwrite: bool) -> Storing:
+def prepare_storing(
+    plan: Plan, path: str | Path, *, apply: Apply | None, order: Order, resume: bool, overwrite: bool
+) -> Storing:
     """Check everything that `store` needs before it begins: files, `apply`, destination, memory."""
     path = Path(path)
     if path.suffix != ".zarr":
         raise InputError(f"a result is a Zarr group in a folder; got {path}; name it .zarr")
     check_order(order)
-    check_destination(path, nbytes=0, overwrite=overwrite)
+    if not resume:
+        # Before `apply` is probed, and files are looked for.
+        check_destination(path, nbytes=0, overwrite=overwrite)
     check_apart(path, plan.matrix.inputs())
     check_files(plan.matrix, plan.sorted_starts, plan.length)
-    storing = Storing(plan, prepare_work(plan, apply), path, order, overwrite)
-    check_destination(path, nbytes=storing.nbytes, overwrite=overwrite)
+    storing = Storing(plan, prepare_work(plan, apply), path, order, resume, overwrite)
+    stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+    if not (resume and is_result(path, storing.request(stamp))):
+        check_destination(path, nbytes=storing.nbytes, resume=resume, overwrite=overwrite)
     storing.footprint()
     return storing
 
 
-def _create_group(partial: Path, plan: Plan, work: Work, order: Order) -> zarr.Array[Any]:
-    """Lay out the result, with the starts written already, and return the array of windows, still empty."""
+def _create_group(folder: Path, plan: Plan, work: Work, order: Order) -> tuple[zarr.Array[Any], list[FileRecord]]:
+    """Lay out the result, with the starts written already: the array of windows, still empty, and what was written."""
     import zarr
 
-    ours = {"kind": "windows", "matrix": plan.matrix.path, "length": plan.length, "order": order}
-    zarr.create_group(str(partial), attributes={ATTRIBUTE: ours})
+    zarr.create_group(folder)
     one_dimensional = {"starts": plan.starts if order == "request" else plan.sorted_starts}
     if order == "chunk":
         one_dimensional["places"] = plan.sorted_places
+    beside = []
     for name, values in one_dimensional.items():
         cut = cut_results(len(values), 8, len(values), ())
         array = create_array(
-            partial / name,
+            folder,
+            name,
             shape=values.shape,
             dtype=values.dtype,
             cut=cut,
@@ -192,13 +254,14 @@ def _create_group(partial: Path, plan: Plan, work: Work, order: Order) -> zarr.A
             dimension_names=["window"],
             attributes={},
         )
-        _write_values(array, 0, values)
+        beside += _write_values(array, 0, values)
     shape = work.result.shape
     names = ["window", "row", *(f"column_{axis}" for axis in range(len(shape) - 1))]
     if shape != plan.window_shape:
         names = ["window", *(f"result_{axis}" for axis in range(len(shape)))]
-    return create_array(
-        partial / "windows",
+    windows = create_array(
+        folder,
+        "windows",
         shape=(len(plan), *shape),
         dtype=work.result.dtype,
         cut=cut_results(len(plan), work.result.nbytes, plan.task_windows, shape),
@@ -206,3 +269,4 @@ def _create_group(partial: Path, plan: Plan, work: Work, order: Order) -> zarr.A
         dimension_names=names,
         attributes={},
     )
+    return windows, beside

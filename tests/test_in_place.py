@@ -482,7 +482,7 @@ def test_an_output_is_never_its_input(tmp_path, link):
     if link:
         (tmp_path / "folder").symlink_to(tmp_path)
         out = tmp_path / "folder" / "3.npy"
-    with pytest.raises(pipeline.OutputExistsError, match="apart"):
+    with pytest.raises(pipeline.OutputExistsError, match="apart|only an output of ours"):
         pipeline.gather(plan, out=out, overwrite=True)
     assert [path.read_bytes() for path in paths] == before
 

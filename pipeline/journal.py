@@ -1,0 +1,119 @@
+"""What a run has finished so far: a line a task, so that another run of the same request goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from pipeline.record import FileRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """All that decides the bytes of an output, by name; two runs of equal facts make equal outputs."""
+
+    facts: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the facts, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, facts: Any) -> list[str]:
+        """Names of the facts that another request has otherwise, or lacks, or has beside these."""
+        other = facts if isinstance(facts, dict) else {}
+        return sorted(name for name in {*self.facts, *other} if self.facts.get(name) != other.get(name))
+
+
+def name_function(function: Callable[..., Any] | None) -> str:
+    """Name a function, and digest what can be told of its code, so that another one is told apart from it."""
+    if function is None:
+        return "none"
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    try:
+        code = inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        code = getattr(getattr(function, "__code__", None), "co_code", b"")
+    return f"{name} {hashlib.sha256(code).hexdigest()[:16]}"
+
+
+def digest_array(array: NDArray[Any]) -> str:
+    """SHA-256 of the values, hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()
+
+
+class Journal:
+    """The journal of one run; opened by `create` or `read`. Each line is on the disk when `append` returns."""
+
+    facts: Any
+    """Of the request that it belongs to."""
+    cut: int
+    """Units of a task: windows, or rows."""
+    done: dict[int, tuple[FileRecord, ...]]
+    """Finished tasks, by number, and what each wrote."""
+
+    def __init__(self, path: Path, facts: Any, cut: int, done: dict[int, tuple[FileRecord, ...]]) -> None:
+        self._path, self.facts, self.cut, self.done = path, facts, cut, done
+
+    @classmethod
+    def create(cls, path: Path, request: Request, cut: int) -> Self:
+        """Begin a journal: its first line says of which request it is, and how that is cut into tasks."""
+        journal = cls(path, request.facts, cut, {})
+        journal.rewrite()
+        return journal
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Read a journal as far as it is whole; None where not even its first line is."""
+        try:
+            first, *lines = path.read_bytes().split(b"\n")[:-1]
+            header = json.loads(first)
+            facts, cut = header["request"], int(header["cut"])
+            if header["version"] != _VERSION or cut < 1:
+                return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        done: dict[int, tuple[FileRecord, ...]] = {}
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                done[int(entry["task"])] = tuple(FileRecord(str(k), int(n), int(c)) for k, n, c in entry["files"])
+            except (ValueError, KeyError, TypeError):
+                # Cut off by a crash: what follows was never said to be done.
+                break
+        return cls(path, facts, cut, done)
+
+    def append(self, tasks: Iterable[tuple[int, tuple[FileRecord, ...]]]) -> None:
+        """Note finished tasks, whose bytes are on the disk."""
+        tasks = list(tasks)
+        _write(self._path, "ab", [{"task": number, "files": files} for number, files in tasks])
+        self.done.update(tasks)
+
+    def rewrite(self) -> None:
+        """Write the journal anew, of what `done` holds now: lines that were cut off, or proved wrong, are gone."""
+        header = {"version": _VERSION, "cut": self.cut, "request": self.facts}
+        entries = [header, *({"task": number, "files": files} for number, files in self.done.items())]
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        _write(partial, "wb", entries)
+        partial.replace(self._path)
+
+
+def _write(path: Path, mode: str, entries: list[dict[str, Any]]) -> None:
+    with path.open(mode) as file:
+        file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,165 @@
+"""What an output holds: each file's size and checksum, in the output's own attributes, so that any change shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pipeline.errors import IntegrityError, OpenError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+ATTRIBUTE = "random-windows"
+"""Key of our own attributes in what we write: says what it is, and what its files hold."""
+METADATA = "zarr.json"
+_STEP_NBYTES = 4 * 2**20
+_ENTRIES_NBYTES = 2**20
+
+
+def extend_crc32(checksum: int, data: Any) -> int:
+    """Extend a crc32 by more bytes.
+
+    Not crc32c: where each part of a file ends in its own crc32c, that of the whole tells of the parts' sizes alone.
+
+    Examples
+    --------
+    >>> extend_crc32(extend_crc32(0, b"1234"), b"56789") == 0xCBF43926
+    True
+    """
+    return zlib.crc32(data, checksum)
+
+
+class FileRecord(NamedTuple):
+    """One file as it was written."""
+
+    key: str
+    """Path below the output's folder, with slashes."""
+    nbytes: int
+    crc32: int
+    """Of all its bytes; see `extend_crc32`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a finished output says of itself."""
+
+    ours: dict[str, Any]
+    """Our attributes: `kind`, the facts of its `request`, and what else was given to `seal_folder`."""
+    files: dict[str, FileRecord]
+    """Every file but the metadata of the root, by key."""
+    whole: bool
+    """The metadata of the root are those that were sealed."""
+
+
+def record_file(root: Path, key: str) -> FileRecord:
+    """Read a file below `root`, and tell what it holds now; OSError as the system says it."""
+    checksum = nbytes = 0
+    buffer = np.empty(_STEP_NBYTES, np.uint8)
+    with (root / key).open("rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            checksum = extend_crc32(checksum, buffer[:got])
+            nbytes += got
+    return FileRecord(key, nbytes, checksum)
+
+
+def record_entries(array: NDArray[Any], places: NDArray[np.int64]) -> FileRecord:
+    """Tell what entries of an array hold, one after the other; the key is empty."""
+    checksum = 0
+    step = max(1, _ENTRIES_NBYTES // max(1, array[:1].nbytes))
+    for first in range(0, len(places), step):
+        entries = np.ascontiguousarray(array[places[first : first + step]])
+        checksum = extend_crc32(checksum, entries.reshape(-1).view(np.uint8))
+    return FileRecord("", len(places) * array[:1].nbytes, checksum)
+
+
+def seal_folder(root: Path, files: Iterable[FileRecord], ours: dict[str, Any]) -> None:
+    """Write the record of a finished output into the attributes of its root, which makes it complete.
+
+    Parameters
+    ----------
+    root
+        Folder of a Zarr array or group; its metadata are there already.
+    files
+        What was written, read back before; metadata documents need not be among them.
+    ours
+        Our attributes.
+
+    Raises
+    ------
+    IntegrityError
+        If a file is absent, of another size, or there that nobody wrote.
+    """
+    known = {each.key: each for each in files}
+    for key, nbytes in list_files(root):
+        if key == METADATA:
+            continue
+        if key.rsplit("/")[-1] == METADATA:
+            known[key] = record_file(root, key)
+        elif key not in known:
+            raise IntegrityError(f"an output holds what was written; {root / key} was not; remove it, and go on")
+        elif known[key].nbytes != nbytes:
+            raise IntegrityError(
+                f"an output holds what was written; {root / key} has {nbytes} bytes, {known[key].nbytes} were written"
+            )
+    absent = [key for key in known if not (root / key).is_file()]
+    if absent:
+        raise IntegrityError(f"an output holds what was written; {root / absent[0]} is gone; go on with --resume")
+    document = json.loads((root / METADATA).read_bytes())
+    sealed = ours | {"files": {key: [known[key].nbytes, f"{known[key].crc32:08x}"] for key in sorted(known)}}
+    document.setdefault("attributes", {})[ATTRIBUTE] = sealed
+    sealed["digest"] = _digest(document)
+    partial = root / f"{METADATA}.partial"
+    with partial.open("w") as file:
+        json.dump(document, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(root / METADATA)
+
+
+def read_record(root: Path) -> Record | None:
+    """Return what an output says of itself; None where it has no record of ours.
+
+    Raises
+    ------
+    OpenError
+        If its metadata cannot be read, or are no JSON object.
+    """
+    try:
+        document = json.loads((root / METADATA).read_bytes())
+        ours = document.get("attributes", {}).get(ATTRIBUTE)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OpenError(f"an output has metadata; {root / METADATA}: {reason}; restore it") from error
+    if not isinstance(ours, dict) or not isinstance(ours.get("files"), dict):
+        return None
+    try:
+        files = {key: FileRecord(key, int(size), int(crc, 16)) for key, (size, crc) in ours["files"].items()}
+    except (ValueError, TypeError) as error:
+        raise OpenError(
+            f"a record names sizes and checksums; that in {root / METADATA} does not; restore it"
+        ) from error
+    digest = ours.pop("digest", None)
+    return Record(ours, files, digest == _digest(document))
+
+
+def list_files(root: Path) -> Iterator[tuple[str, int]]:
+    """Yield key and size of everything below a folder that is not a folder itself, links among them."""
+    for folder, _, names in os.walk(root):
+        base = os.path.relpath(folder, root).replace(os.sep, "/")
+        for name in names:
+            yield (name if base == "." else f"{base}/{name}"), Path(folder, name).lstat().st_size
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """Digest of a metadata document, whatever its spaces and the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
