@@ -1,0 +1,104 @@
+"""A manifest: size and crc32 of every file of a matrix that has no checksums, kept in a file of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_VERSION = 1
+RANGE_NBYTES = 64 * 2**20
+"""Each range of a file has a checksum of its own, so that a large one is read by many tasks."""
+
+
+class Checksums(NamedTuple):
+    """What a file holds."""
+
+    nbytes: int
+    crc32: tuple[int, ...]
+    """Of each range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What all files of a target hold."""
+
+    target: str
+    """The name by which it was called; it may be moved."""
+    files: dict[str, Checksums]
+    """By their paths below the target; a target that is a file has one, by its name."""
+    range_nbytes: int = RANGE_NBYTES
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a manifest.
+
+        Raises
+        ------
+        NotFoundError, OpenError
+            If it is absent, or no manifest.
+        IntegrityError
+            If it is not what was written.
+        """
+        try:
+            document = json.loads(path.read_bytes())
+            version, digest = document.pop("version"), document.pop("digest", None)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"a manifest is there; nothing is at {path}; check the path") from error
+        except OSError as error:
+            raise OpenError(f"a manifest can be read; {path}: {error.strerror}; check it") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise OpenError(f"a manifest is what --write-manifest wrote; {path} is not; name another") from error
+        if digest != _digest({"version": version, **document}):
+            raise IntegrityError(f"a manifest is as it was written; {path} does not match its digest; restore it")
+        if version != _VERSION:
+            raise OpenError(f"a manifest has version {_VERSION}; {path} has {version!r}; write it anew")
+        try:
+            files = {
+                key: Checksums(int(nbytes), tuple(int(each, 16) for each in crc32))
+                for key, (nbytes, crc32) in document["files"].items()
+            }
+            manifest = cls(str(document["target"]), files, int(document["range_nbytes"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OpenError(f"a manifest names sizes and checksums; {path} does not; write it anew") from error
+        step = manifest.range_nbytes
+        if step < 1 or any(len(each.crc32) != -(-each.nbytes // step) for each in files.values()):
+            raise OpenError(f"a manifest has a checksum for each range; {path} has not; write it anew")
+        return manifest
+
+    def write(self, path: Path) -> None:
+        """Write it beside its name, flushed, then in place; OutputExistsError where something is there already."""
+        document = asdict(self) | {"version": _VERSION}
+        document["files"] = {
+            key: [each.nbytes, [f"{crc32:08x}" for crc32 in each.crc32]] for key, each in self.files.items()
+        }
+        document["digest"] = _digest(document)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with partial.open("x") as file:
+                json.dump(document, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            # A rename would replace a file that has appeared meanwhile; a link does not.
+            path.hardlink_to(partial)
+        except FileExistsError as error:
+            raise OutputExistsError(f"a manifest is written once; {path} appeared meanwhile; name another") from error
+        except OSError as error:
+            raise OpenError(f"a manifest can be written; {path}: {error.strerror}; name another") from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """Digest of all but itself, whatever its spaces and the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,603 @@
+"""Stored bytes against their checksums: those of an output's own record, of a manifest, or of the format."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, OutputExistsError
+from pipeline.inspection import Place, StoredArray, describe_arrays, open_node, say_runs
+from pipeline.manifest import RANGE_NBYTES, Checksums, Manifest
+from pipeline.matrix import local_folder
+from pipeline.record import METADATA, extend_crc32, read_record
+from pipeline.report import Watch
+from pipeline.runs import active_client, count_threads, fit_memory, run_tasks
+from pipeline.sizes import MIB, count_of, format_size
+from pipeline.sources import split_name
+from pipeline.staging import check_apart
+from pipeline.storage import Folder, Objects, checksum
+from pipeline.tasks import Receipt, name_tasks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import zarr
+
+    from pipeline.inspection import Runs
+    from pipeline.storage import Opened, Storage
+
+type Standard = Literal["record", "manifest", "chunks"]
+"""What bytes are compared with: the record of an output of ours, a manifest, or the crc32c behind each chunk."""
+
+_STANDARDS: dict[Standard, str] = {
+    "record": "their record",
+    "manifest": "the manifest",
+    "chunks": "the crc32c of each chunk",
+}
+_DOCUMENTS = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
+_MOST_LOST = 10_000
+"""Chunks of a foreign array that are named one by one where they are gone; a sparse array may lack far more."""
+_TASK_NBYTES = 64 * MIB
+_TASK_FILES = 1000
+_TASK_MEMORY = 32 * MIB
+"""Buffers of a task: what it reads passes through them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one file."""
+
+    key: str
+    """Path below the target; the name of a target that is a file."""
+    problem: str
+    """In words that follow the key."""
+    unit: str = "rows"
+    """What `runs` counts: rows of a matrix, windows of a result."""
+    runs: Runs = ()
+    """Runs [first, stop) that are not to be trusted; empty where that is not known."""
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.problem}" + (f" ({say_runs(self.runs, self.unit)})" if self.runs else "")
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {"file": self.key, "problem": self.problem, "unit": self.unit, "runs": [list(run) for run in self.runs]}
+
+
+class Range(NamedTuple):
+    """Bytes that are read together."""
+
+    key: str
+    offset: int
+    nbytes: int
+    file_nbytes: int | None = None
+    """Size that the file should have."""
+    checksum: int | None = None
+    """What it should have; None: the crc32c of each chunk tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What will be read, and compared with what. Made by `prepare_verification`."""
+
+    target: str
+    storage: Storage
+    standard: Standard
+    arrays: tuple[StoredArray, ...]
+    """Tell which rows are lost."""
+    files: int
+    """Files that there should be, and those that nobody wrote."""
+    nbytes: int
+    """Bytes of them."""
+    problems: tuple[Problem, ...]
+    """Found already: files that are gone, or that nobody wrote; metadata."""
+    ranges: tuple[Range, ...]
+    """To be read."""
+    ranges_in_all: int
+
+    def run(self, watch: Watch) -> list[Problem]:
+        """Read the ranges, telling `watch` of every task that is done; all that is wrong, sorted by file."""
+        found = list(self.problems)
+        arguments = (
+            (self.storage, self.standard, self.arrays, part, number) for number, part in enumerate(_batch(self.ranges))
+        )
+        for problems in _compute("verify", check_ranges, arguments, self.ranges, watch):
+            found += problems
+        # The ranges of one file may all find the same.
+        return sorted(dict.fromkeys(found), key=lambda each: (each.key, each.runs))
+
+    def report(self, watch: Watch, problems: list[Problem]) -> tuple[dict[str, str], dict[str, Any]]:
+        """Say what was looked at, and what was found, in words and as plain data."""
+        wrong = len({each.key for each in problems})
+        parts = f"{len(self.ranges):,} of {count_of(self.ranges_in_all, 'range')}"
+        facts = {
+            "target": self.target,
+            "compared": f"{count_of(self.files, 'file')} with {_STANDARDS[self.standard]}",
+            "read": f"{parts}, {format_size(watch.nbytes_read)} of {format_size(self.nbytes)}",
+            "wrong": count_of(wrong, "file") if wrong else "nothing",
+        }
+        numbers = {
+            "target": self.target,
+            "standard": self.standard,
+            "files": self.files,
+            "wrong_files": wrong,
+            "ranges": self.ranges_in_all,
+            "ranges_read": len(self.ranges),
+            "nbytes": self.nbytes,
+            "nbytes_read": watch.nbytes_read,
+            "problems": [each.facts() for each in problems],
+        }
+        return facts, numbers
+
+
+def verify(
+    path: str | Path | zarr.Array[Any] | zarr.Group,
+    *,
+    subset: float = 1.0,
+    seed: int = 0,
+    manifest: str | Path | None = None,
+) -> list[Problem]:
+    """Read every stored byte of a matrix or a result, and compare it with its checksums.
+
+    What `create_matrix` and `store` wrote bears a record of all its files. A Zarr array of another writer is compared
+    with the crc32c behind each chunk, where its codecs put one there, or with a manifest, as any other file is. Tasks
+    run on the active `distributed.Client`, else on Dask's threaded scheduler.
+
+    Parameters
+    ----------
+    path
+        Of a Zarr array or group, or of a file; or an open array or group in any store.
+    subset
+        Part of the ranges (files, or 64 MiB of one) that is read, drawn at random; at least one is. That files are
+        there, and what their metadata hold, is always looked at.
+    seed
+        Of the draw.
+    manifest
+        What `write_manifest` wrote, when all was right.
+
+    Returns
+    -------
+    list
+        What is wrong, a value for each file or range: its `key`, the `problem` in words, and the `runs` of rows or
+        windows where they are known. Empty when all is right.
+
+    Raises
+    ------
+    NotFoundError, OpenError
+        If there is nothing at the path, or it cannot be parsed.
+    InputError
+        If nothing tells what the bytes should be.
+
+    Examples
+    --------
+    >>> import pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> matrix = pipeline.create_matrix("random:1000x20", folder / "A.zarr")
+    >>> pipeline.verify(folder / "A.zarr")
+    []
+    """
+    return prepare_verification(path, subset=subset, seed=seed, manifest=manifest).run(Watch())
+
+
+def write_manifest(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: str | Path) -> None:
+    """Record size and checksum of every file of a matrix, for `verify` to compare with.
+
+    Parameters
+    ----------
+    path
+        As for `verify`.
+    manifest
+        JSON file to write; it lies apart from the matrix.
+
+    Raises
+    ------
+    OutputExistsError
+        If something is at `manifest` already.
+    IntegrityError
+        If a file cannot be read.
+
+    Examples
+    --------
+    >>> import numpy, pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> numpy.save(folder / "A.npy", numpy.arange(6.0))
+    >>> pipeline.write_manifest(folder / "A.npy", folder / "A.json")
+    >>> pipeline.verify(folder / "A.npy", manifest=folder / "A.json")
+    []
+    """
+    prepare_recording(path, manifest).run(Watch())
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A manifest to be written. Made by `prepare_recording`."""
+
+    target: str
+    storage: Storage
+    path: Path
+    sizes: dict[str, int]
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        """To be read: all."""
+        return tuple(itertools.chain.from_iterable(_cut(key, nbytes) for key, nbytes in self.sizes.items()))
+
+    def run(self, watch: Watch) -> Manifest:
+        """Read every file, telling `watch` of every task that is done, and write the manifest."""
+        ranges = self.ranges
+        arguments = ((self.storage, part, number) for number, part in enumerate(_batch(ranges)))
+        found: dict[tuple[str, int], int] = {}
+        for part in _compute("verify", sum_ranges, arguments, ranges, watch):
+            found |= part
+        files = {
+            key: Checksums(nbytes, tuple(found[key, offset] for _, offset, nbytes, *_ in _cut(key, nbytes) if nbytes))
+            for key, nbytes in self.sizes.items()
+        }
+        manifest = Manifest(self.target, files)
+        manifest.write(self.path)
+        return manifest
+
+    def report(self, watch: Watch, _: list[Problem]) -> tuple[dict[str, str], dict[str, Any]]:
+        """Say what was recorded, in words and as plain data."""
+        nbytes = sum(self.sizes.values())
+        facts = {
+            "target": self.target,
+            "recorded": f"{count_of(len(self.sizes), 'file')}, {format_size(nbytes)}",
+            "manifest": str(self.path),
+        }
+        numbers = {
+            "target": self.target,
+            "manifest": str(self.path),
+            "files": len(self.sizes),
+            "nbytes": nbytes,
+            "nbytes_read": watch.nbytes_read,
+        }
+        return facts, numbers
+
+
+def prepare_recording(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: str | Path) -> Recording:
+    """Check everything that `write_manifest` needs before it reads."""
+    target, storage = _locate(path)
+    manifest = Path(manifest)
+    if os.path.lexists(manifest):
+        raise OutputExistsError(f"a manifest is written once; {manifest} exists; name another, or remove it yourself")
+    if not manifest.absolute().parent.is_dir():
+        raise OpenError(f"a manifest goes into a folder that is there; {manifest.parent} is not; make it first")
+    if isinstance(storage, Folder):
+        check_apart(manifest, [Path(storage.root, storage.only or "")])
+    listed = storage.list_files()
+    if isinstance(storage, Folder) and storage.only is None:
+        _open_folder(storage, listed)
+    return Recording(target, storage, manifest, dict(sorted(listed.items())))
+
+
+def prepare_verification(
+    path: str | Path | zarr.Array[Any] | zarr.Group,
+    *,
+    subset: float = 1.0,
+    seed: int = 0,
+    manifest: str | Path | None = None,
+) -> Verification:
+    """Decide what is compared with what, look at names and metadata, and draw what is read."""
+    if not 0 < subset <= 1:
+        raise InputError(f"a subset is a part of all, more than 0 and at most 1; got {subset!r}; give such as 0.1")
+    if seed < 0:
+        raise InputError(f"a seed is a whole number of at least 0; got {seed!r}; choose another")
+    target, storage = _locate(path)
+    listed = storage.list_files()
+    given = None if isinstance(path, str | Path) else path
+    if manifest is not None:
+        recorded = Manifest.read(Path(manifest))
+        known = recorded.files
+        if isinstance(storage, Folder) and storage.only is not None and len(known) == 1:
+            # A file may have been renamed.
+            known = dict.fromkeys([storage.only], *known.values())
+        wanted = {key: _recorded(key, each, recorded.range_nbytes) for key, each in known.items()}
+        found = _compare_all(target, storage, "manifest", wanted, listed, given)
+    elif not isinstance(storage, Folder):
+        assert given is not None
+        found = _inspect_all(target, storage, listed, given)
+    elif storage.only is not None:
+        raise InputError(f"bytes are compared with checksums; {target} has none; {_way_out(target)}")
+    else:
+        found = _compare_own(target, storage, listed) or _inspect_all(
+            target, storage, listed, _open_folder(storage, listed)
+        )
+    return replace(found, ranges=_draw(found.ranges, subset, seed))
+
+
+def parse_subset(text: str) -> float:
+    """Read a part of all.
+
+    Examples
+    --------
+    >>> parse_subset("10%"), parse_subset("0.5")
+    (0.1, 0.5)
+    """
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise InputError(f"a subset is a part of all; got {text!r}; write it such as 10% or 0.1")
+    return share
+
+
+def check_ranges(
+    storage: Storage, standard: Standard, arrays: tuple[StoredArray, ...], ranges: Iterable[Range], number: int
+) -> tuple[Receipt, list[Problem]]:
+    """Read ranges, and say what is wrong with each."""
+    begin = time.perf_counter()
+    problems: list[Problem] = []
+    nbytes = count = 0
+    for each in ranges:
+        count += 1
+        place = find_place(arrays, each.key)
+        try:
+            with storage.open(each.key) as opened:
+                words, runs = _check(opened, each, place, standard)
+                nbytes += min(each.nbytes, opened.nbytes)
+        except IntegrityError as error:
+            words, runs = str(error), ()
+        if words:
+            problems.append(_problem(each.key, words, place, runs))
+    return Receipt(number, count, nbytes, time.perf_counter() - begin), problems
+
+
+def sum_ranges(storage: Storage, ranges: Iterable[Range], number: int) -> tuple[Receipt, dict[tuple[str, int], int]]:
+    """Compute the checksum of each range, by key and offset; IntegrityError where one cannot be read."""
+    begin = time.perf_counter()
+    found = {}
+    for key, offset, nbytes, file_nbytes, _ in ranges:
+        try:
+            with storage.open(key) as opened:
+                if opened.nbytes != file_nbytes:
+                    raise IntegrityError("changed meanwhile")  # noqa: TRY301
+                found[key, offset] = checksum(opened, offset, nbytes, extend_crc32)
+        except IntegrityError as error:
+            raise IntegrityError(f"a manifest records files that can be read; {key} {error}; mend it first") from error
+    nbytes = sum(each.nbytes for each in ranges)
+    return Receipt(number, len(found), nbytes, time.perf_counter() - begin), found
+
+
+def find_place(arrays: Iterable[StoredArray], key: str) -> Place | None:
+    """Tell what a file holds; None for what is no chunk."""
+    return next((place for array in arrays if (place := array.place(key))), None)
+
+
+def _check(opened: Opened, wanted: Range, place: Place | None, standard: Standard) -> tuple[str, Runs]:
+    """Say what is wrong with a range, and with which rows; empty where nothing is."""
+    if wanted.file_nbytes not in (None, opened.nbytes):
+        return f"has {opened.nbytes} bytes instead of {wanted.file_nbytes}", ()
+    stop = wanted.offset + wanted.nbytes
+    if standard == "chunks":
+        assert place is not None
+        return place.array.inspect(opened, place.position)
+    if checksum(opened, wanted.offset, wanted.nbytes, extend_crc32) == wanted.checksum:
+        return "", ()
+    if place is not None and place.array.checked:
+        words, runs = place.array.inspect(opened, place.position, wanted.offset, stop)
+        return words or "is not the one that was written: another, or an older one, is in its place", runs
+    if wanted.nbytes == wanted.file_nbytes:
+        return "is not what was written", ()
+    return f"is not what was written at bytes {wanted.offset} to {stop - 1}", ()
+
+
+def _problem(key: str, words: str, place: Place | None, runs: Runs = ()) -> Problem:
+    if place is None:
+        return Problem(key, words)
+    return Problem(key, words, place.array.unit, runs or place.rows)
+
+
+def _locate(path: str | Path | zarr.Array[Any] | zarr.Group) -> tuple[str, Storage]:
+    """Name of a target, and where its files lie."""
+    if not isinstance(path, str | Path):
+        node: Any = path
+        folder = local_folder(node)
+        prefix = f"{node.path}/" if node.path else ""
+        return str(node.store_path), Objects(node.store, prefix) if folder is None else Folder(str(folder.absolute()))
+    plain = split_name(str(path))[0]
+    if not os.path.lexists(plain):
+        raise NotFoundError(f"what is verified is there; nothing is at {path}; check the path")
+    if plain.is_dir():
+        return str(path), Folder(str(plain.absolute()))
+    if not plain.is_file():
+        raise OpenError(f"what is verified is a folder or a file; {path} is neither; name another")
+    return str(path), Folder(str(plain.absolute().parent), plain.name)
+
+
+def _open_folder(folder: Folder, listed: Iterable[str]) -> zarr.Array[Any] | zarr.Group:
+    """Open the Zarr array or group in a folder; OpenError where there is none."""
+    documents = [key for key in listed if _is_document(key)]
+    if _DOCUMENTS.isdisjoint(documents):
+        raise OpenError(f"what is verified is a file, a Zarr array or a group; {folder.root} is a plain folder")
+    for key in documents:
+        try:
+            # Zarr itself would wait for a FIFO's writer.
+            with folder.open(key):
+                pass
+        except IntegrityError as error:
+            raise OpenError(f"metadata can be read; {folder.root}/{key} {error}; restore it") from error
+    return open_node(Path(folder.root))
+
+
+def _compare_own(target: str, folder: Folder, listed: dict[str, int]) -> Verification | None:
+    """Compare every file of an output of ours with its record; None where it has none."""
+    root = Path(folder.root)
+    path = root / METADATA
+    if not os.path.lexists(path):
+        return None
+    if not path.is_file():
+        raise OpenError(f"metadata are a file; {path} is none; restore it")
+    record = read_record(root)
+    if record is not None:
+        wanted = {key: [Range(key, 0, each.nbytes, each.nbytes, each.crc32)] for key, each in record.files.items()}
+        return _compare_all(target, folder, "record", wanted, listed, None, whole=record.whole)
+    if not _has_traces(path):
+        return None
+    problem = Problem(METADATA, "is not what was written: its record is damaged")
+    return Verification(target, folder, "record", (), 1, 0, (problem,), (), 0)
+
+
+def _compare_all(
+    target: str,
+    storage: Storage,
+    standard: Standard,
+    wanted: dict[str, list[Range]],
+    listed: dict[str, int],
+    node: zarr.Array[Any] | zarr.Group | None,
+    *,
+    whole: bool | None = None,
+) -> Verification:
+    """Compare every file with what is known of it; `whole`: whether the metadata of the root are what was written."""
+    known = set(wanted) if whole is None else {*wanted, METADATA}
+    documents = [each for key, ranges in wanted.items() if _is_document(key) for each in ranges]
+    _, problems = check_ranges(storage, standard, (), documents, 0)
+    if whole is False:
+        problems.append(Problem(METADATA, "is not what was written"))
+    arrays: tuple[StoredArray, ...] = ()
+    # Metadata that changed would tell of other rows.
+    if not problems:
+        if isinstance(storage, Folder) and storage.only is None and not _DOCUMENTS.isdisjoint(known):
+            node = open_node(Path(storage.root))
+        arrays = () if node is None else tuple(describe_arrays(node)[0].values())
+    rest = [key for key in wanted if not _is_document(key)]
+    lost = _find_lost(storage, arrays, rest, listed)
+    problems += lost.values()
+    problems += [Problem(key, "is there, but nobody wrote it") for key in listed if key not in known]
+    ranges = tuple(each for key in rest if key not in lost for each in wanted[key])
+    nbytes = sum(each[0].file_nbytes or 0 for each in wanted.values())
+    files = len(known.union(listed))
+    return Verification(target, storage, standard, arrays, files, nbytes, tuple(problems), ranges, len(ranges))
+
+
+def _inspect_all(
+    target: str, storage: Storage, listed: dict[str, int], node: zarr.Array[Any] | zarr.Group
+) -> Verification:
+    """Compare every chunk with its own crc32c."""
+    described, others = describe_arrays(node)
+    unchecked = [*others, *(name for name, array in described.items() if not array.checked)]
+    if unchecked or not described:
+        name = "/".join(filter(None, [target, *unchecked[:1]]))
+        problem = f"the codecs of {name} add no crc32c" if unchecked else f"{name} has no array"
+        raise InputError(f"bytes are compared with checksums; {problem}; {_way_out(target)}")
+    arrays = tuple(described.values())
+    problems: list[Problem] = []
+    ranges: list[Range] = []
+    for array in arrays:
+        present = [key for key in listed if array.place(key)]
+        ranges += [Range(key, 0, listed[key]) for key in present]
+        missing = array.count - len(present)
+        if missing > _MOST_LOST:
+            problems.append(Problem(array.name or ".", f"lacks {missing:,} of its {array.count:,} files"))
+        else:
+            problems += _find_lost(storage, arrays, array.files(), listed).values()
+    return Verification(
+        target,
+        storage,
+        "chunks",
+        arrays,
+        sum(array.count for array in arrays),
+        sum(each.nbytes for each in ranges),
+        tuple(problems),
+        tuple(ranges),
+        len(ranges),
+    )
+
+
+def _find_lost(
+    storage: Storage, arrays: tuple[StoredArray, ...], keys: Iterable[str], listed: dict[str, int]
+) -> dict[str, Problem]:
+    """Say of files that are not listed what is in their place."""
+    lost = {}
+    for key in keys:
+        if key in listed:
+            continue
+        words = "is gone"
+        if isinstance(storage, Folder):
+            try:
+                with storage.open(key):
+                    continue
+            except IntegrityError as error:
+                words = str(error)
+        lost[key] = _problem(key, words, find_place(arrays, key))
+    return lost
+
+
+def _recorded(key: str, checksums: Checksums, step: int) -> list[Range]:
+    """Ranges of a file in a manifest; one that is empty has one, too, since it must be looked at."""
+    cut = _cut(key, checksums.nbytes, step)
+    return [each._replace(checksum=crc32) for each, crc32 in zip(cut, checksums.crc32 or (0,), strict=True)]
+
+
+def _cut(key: str, nbytes: int, step: int = RANGE_NBYTES) -> list[Range]:
+    return [Range(key, offset, min(step, nbytes - offset), nbytes) for offset in range(0, max(1, nbytes), step)]
+
+
+def _draw(ranges: tuple[Range, ...], subset: float, seed: int) -> tuple[Range, ...]:
+    """Draw a part of the ranges, at least one where there are any, in their order."""
+    if subset == 1 or not ranges:
+        return ranges
+    count = max(1, round(subset * len(ranges)))
+    drawn = np.random.default_rng(seed).choice(len(ranges), count, replace=False)
+    return tuple(ranges[number] for number in sorted(drawn.tolist()))
+
+
+def _batch(ranges: Iterable[Range]) -> Iterator[tuple[Range, ...]]:
+    """Cut ranges into tasks: some tens of megabytes each, or a thousand files."""
+    batch: list[Range] = []
+    nbytes = 0
+    for each in ranges:
+        if batch and (nbytes + each.nbytes > _TASK_NBYTES or len(batch) == _TASK_FILES):
+            yield tuple(batch)
+            batch, nbytes = [], 0
+        batch.append(each)
+        nbytes += each.nbytes
+    if batch:
+        yield tuple(batch)
+
+
+def _compute(
+    stage: str, function: Any, arguments: Iterable[tuple[Any, ...]], ranges: tuple[Range, ...], watch: Watch
+) -> Iterator[Any]:
+    """Run tasks, and yield what each found beside its receipt."""
+    threads = count_threads(active_client())
+    footprint = fit_memory(_TASK_MEMORY, None, threads=threads, what="one task of verify")
+    tasks = name_tasks(stage, function, arguments)
+    watch.begin(len(tasks), len(ranges), sum(each.nbytes for each in ranges))
+    for receipt, found in run_tasks(tasks, at_once=footprint.at_once):
+        watch.task_done(receipt)
+        yield found
+
+
+def _has_traces(path: Path) -> bool:
+    """Whether metadata bear a record of ours that is no longer where it was, or has no list of files."""
+    try:
+        documents = [json.loads(path.read_bytes())]
+    except FileNotFoundError:
+        return False
+    while documents:
+        document = documents.pop()
+        values = document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()
+        if isinstance(document, dict) and "digest" in document and document.keys() & {"kind", "files"}:
+            return True
+        documents += values
+    return False
+
+
+def _is_document(key: str) -> bool:
+    return key.rsplit("/", 1)[-1] in _DOCUMENTS
+
+
+def _way_out(target: str) -> str:
+    return (
+        f"record them while it is right: pipeline verify {target} --write-manifest FILE; compare with --manifest FILE"
+    )
