@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -21,6 +21,17 @@ CHECKSUM_NBYTES = 4
 _ABSENT = 2**64 - 1
 _MOST_NBYTES = 2**62
 """More than any file has: offset plus size stay below 2**63."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a file."""
+
+    number: int
+    """It holds rows [number * file_rows, (number + 1) * file_rows)."""
+    name: str
+    """Its path or key and its rows, for messages."""
+    words: str
+    """Follow its name, such as "is absent"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +129,8 @@ class Chunks:
     """Size of a file where the codecs fix it."""
     index: ShardIndex | None
     """Where the files are shards."""
+    fills: bool = False
+    """Files and inner chunks that are absent read as the array's fill value."""
 
     @property
     def file_extents(self) -> int:
@@ -165,10 +178,15 @@ class Chunks:
             )
         return np.ascontiguousarray(found[:, 0])
 
-    def refuse(self, path: str, number: int, problem: str) -> None:
-        """Raise IntegrityError if there is a problem with a file."""
-        if problem:
-            raise IntegrityError(f"every chunk is there, whole; {self.name(path, number)} {problem}; restore it")
+    def find_problem(self, numbers: NDArray[np.int64]) -> Problem | None:
+        """Look for a file of these rows that is absent, or has not the size that its codecs fix; None if all is right.
+
+        Raises
+        ------
+        OpenError
+            If the store fails.
+        """
+        raise NotImplementedError
 
     def size_problem(self, nbytes: int) -> str:
         """Say what is wrong with a file of so many bytes."""

@@ -30,6 +30,13 @@ def chunk_decoder(array: zarr.Array[Any]) -> Decode | None:
     return _plain_decoder(array) or _zarr_decoder(array)
 
 
+def fill_value(array: zarr.Array[Any]) -> Any:
+    """Value of what a chunk lacks that is absent."""
+    value = array.fill_value
+    # Zarr v2 may leave it open.
+    return array.metadata.dtype.default_scalar() if value is None else value
+
+
 def _plain_decoder(array: zarr.Array[Any]) -> Decode | None:
     """Decode chunks that are rows as they lie in memory, compressed: with numcodecs alone, the least work a chunk."""
     stages = _stages(array)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.decoders import chunk_decoder
+from pipeline.decoders import chunk_decoder, fill_value
 from pipeline.errors import IntegrityError
 from pipeline.layout import Files
 from pipeline.plan import GAP_NBYTES, READ_NBYTES
@@ -79,7 +79,7 @@ class ChunkReader:
         touched = windows.touched(self.chunk_rows)
         decode = chunk_decoder(self.array)
         assert decode is not None
-        rows = self.array.shape[0]
+        rows, fill = self.array.shape[0], fill_value(self.array)
         inside = tuple(slice(size) for size in self.array.shape[1:])
         runs = _cut_runs(touched, max(1, _RUN_NBYTES // (self.chunk_rows * self.row_nbytes)))
         first_rows = np.array([run[0] for run in runs]) * self.chunk_rows
@@ -92,6 +92,9 @@ class ChunkReader:
             for decoded, (encoded, spent, chunk, name) in zip(scratch, islice(chunks, len(run)), strict=False):
                 nbytes_read += spent
                 begin = time.perf_counter()
+                if encoded is None:
+                    decoded[...] = fill
+                    continue
                 try:
                     decode(encoded, decoded)
                 except MemoryError:
@@ -107,8 +110,11 @@ class ChunkReader:
             windows.copy(decoded_rows[: rows - first, *inside], first, bound)
         return Reading(nbytes_read, decode_seconds)
 
-    def _read_chunks(self, touched: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.uint8], int, int, str]]:
-        """Yield each chunk's encoded bytes, which hold until the next one; bytes read for it; its number and file."""
+    def _read_chunks(self, touched: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.uint8] | None, int, int, str]]:
+        """Yield each chunk's encoded bytes, which hold until the next one; bytes read for it; its number and file.
+
+        None stands for the bytes of a chunk that reads as the fill value.
+        """
         chunks_per_file = self.files.file_rows // self.chunk_rows
         numbers = touched // chunks_per_file
         borders = np.flatnonzero(np.diff(numbers)) + 1
@@ -123,15 +129,22 @@ class ChunkReader:
                     number = int(numbers[begin])
                     path = self.files.path(number)
                     name = self.files.name(path, number)
+                    if self.files.fills and self.files.is_absent(path):
+                        found.append((-1, name, _join_ranges(touched[begin:end].tolist(), [_ABSENT] * (end - begin))))
+                        continue
                     fd = open_file(path, name)
                     opened.callback(os.close, fd)
                     ranges, index_nbytes = self._ranges(fd, touched[begin:end] - number * chunks_per_file, number, name)
                     spent += index_nbytes
                     calls = _join_ranges(touched[begin:end].tolist(), ranges)
-                    announce(fd, ((offset, nbytes) for offset, nbytes, _ in calls))
+                    announce(fd, ((offset, nbytes) for offset, nbytes, _ in calls if nbytes >= 0))
                     found.append((fd, name, calls))
                 for fd, name, calls in found:
                     for offset, nbytes, chunks in calls:
+                        if nbytes < 0:
+                            yield None, spent, chunks[0][0], name
+                            spent = 0
+                            continue
                         if nbytes > len(buffer):
                             buffer = np.empty(nbytes, np.uint8)
                         read_fully(fd, [memoryview(buffer[:nbytes])], offset, nbytes, name)
@@ -141,12 +154,12 @@ class ChunkReader:
                             spent = 0
 
     def _ranges(self, fd: int, chunks: NDArray[np.int64], number: int, name: str) -> tuple[list[tuple[int, int]], int]:
-        """Offset and size of chunks within their file, and the bytes that were read to know them."""
+        """Offset and size of chunks within their file, or `_ABSENT`, and the bytes that were read to know them."""
         if self.files.index is None:
             return [(0, os.fstat(fd).st_size)], 0
         index = self.files.index.read(fd, name)[chunks]
         absent = np.flatnonzero(index[:, 1] < 0)
-        if len(absent):
+        if len(absent) and not self.files.fills:
             chunk = number * (self.files.file_rows // self.chunk_rows) + int(chunks[absent[0]])
             raise IntegrityError(f"every chunk is there; {self._name(name, chunk)} is absent; restore the shard")
         return [(offset, nbytes) for offset, nbytes in index.tolist()], self.files.index.nbytes
@@ -158,15 +171,18 @@ class ChunkReader:
         return f"the inner chunk of rows {first} to {first + self.chunk_rows - 1} in {name}"
 
 
+_ABSENT = (-1, -1)
+"""Range of a chunk that is not there, as the index of a shard gives it."""
+
 type _Call = tuple[int, int, list[tuple[int, int, int]]]
 """Offset in the file, bytes in all, and the number of each chunk with its first byte within them and its end."""
 
 
 def _join_ranges(chunks: list[int], ranges: list[tuple[int, int]]) -> list[_Call]:
-    """Join chunks that follow each other in a file, or nearly, into one call each."""
+    """Join chunks that follow each other in a file, or nearly, into one call each; those that are absent stay alone."""
     calls: list[_Call] = []
     for chunk, (offset, nbytes) in zip(chunks, ranges, strict=True):
-        if calls:
+        if calls and nbytes >= 0 and calls[-1][1] >= 0:
             start, total, joined = calls[-1]
             if 0 <= offset - start - total <= GAP_NBYTES and offset + nbytes - start <= _CALL_NBYTES:
                 joined.append((chunk, offset - start, offset - start + nbytes))
@@ -200,6 +216,7 @@ class ArrayReader:
 
         windows = SortedWindows(starts, length, out, places)
         touched = windows.touched(self.chunk_rows)
+        self._check_files(touched)
         index_nbytes = self._check_inner_chunks(touched)
         array, store = count_reads(self.array)
         most = max(1, READ_NBYTES // (self.chunk_rows * self.row_nbytes))
@@ -217,8 +234,9 @@ class ArrayReader:
         return Reading(index_nbytes + store.nbytes, decode_seconds)
 
     def _decode(self, array: zarr.Array[Any], first: int, stop: int) -> NDArray[Any]:
+        checked = self.files.fills or self.files.index is not None
         try:
-            return read_present(array, (slice(first, stop),), checked=self.files.index is not None)
+            return read_present(array, (slice(first, stop),), checked=checked)
         except IntegrityError:
             raise
         except MemoryError:
@@ -232,9 +250,16 @@ class ArrayReader:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise IntegrityError(f"every chunk is there and can be decoded; {name}: {reason}; restore it") from error
 
+    def _check_files(self, touched: NDArray[np.int64]) -> None:
+        """Refuse what zarr would take for an absent file, such as a folder, or would wait for, such as a pipe."""
+        if isinstance(self.files, Files):
+            problem = self.files.find_problem(np.unique(touched // (self.files.file_rows // self.chunk_rows)))
+            if problem is not None:
+                raise IntegrityError(f"every chunk is there, whole; {problem.name} {problem.words}; restore it")
+
     def _check_inner_chunks(self, touched: NDArray[np.int64]) -> int:
         """Refuse inner chunks that a shard lacks: zarr would give the fill value for them. Return the bytes read."""
-        if self.files.index is None:
+        if self.files.index is None or self.files.fills:
             return 0
         assert self.array.shards is not None
         chunks_per_file = self.files.file_rows // self.chunk_rows
@@ -316,6 +341,9 @@ def copy_runs(
 
 def touched_units(first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.int64]:
     """Each number in any of the ranges [first[i], last[i]], ascending, once."""
+    # Many windows in few units are many equal ranges, one after the other.
+    changed = np.r_[True, (np.diff(first) != 0) | (np.diff(last) != 0)]
+    first, last = first[changed], last[changed]
     counts = last - first + 1
     steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.unique(np.repeat(first, counts) + steps)

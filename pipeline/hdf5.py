@@ -54,6 +54,8 @@ class Hdf5Dataset:
 
     stamp: FileStamp
     """The file."""
+    others: tuple[FileStamp, ...]
+    """Other files that hold parts of the data, such as those of a virtual data set."""
     name: str
     """Path of the data set in the file."""
     shape: tuple[int, ...]
@@ -235,6 +237,7 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
         known = plain and dataset.chunks is not None and _can_decode(filters)
         return Hdf5Dataset(
             stamp=stamp,
+            others=tuple(map(FileStamp.take, sorted(_other_files(dataset, path)))),
             name=name if name is not None else dataset.name,
             shape=dataset.shape,
             # h5py hangs what it knows of enums, strings and references on the dtype.
@@ -244,6 +247,18 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
             filters=tuple((f[0], f[2][0] if f[2] else 0) for f in filters) if known else None,
             nbytes=dataset.id.get_storage_size(),
         )
+
+
+def _other_files(dataset: Any, path: Path) -> set[Path]:
+    """Files, those that are there, of which links, external storage and virtual data sets speak."""
+    properties = dataset.id.get_create_plist()
+    names = [dataset.file.filename]
+    names += [os.fsdecode(properties.get_external(i)[0]) for i in range(properties.get_external_count())]
+    if dataset.is_virtual:
+        names += [source.file_name for source in dataset.virtual_sources()]
+    # Relative to the file or to the working directory, as libhdf5 finds them.
+    found = {folder / name for name in names for folder in (path.parent, Path())}
+    return {other for other in found if other.is_file() and not other.samefile(path)}
 
 
 def _find_only(file: Any) -> Any:

@@ -7,11 +7,11 @@ import contextlib
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.chunks import Chunks
+from pipeline.chunks import Chunks, Problem
 from pipeline.errors import IntegrityError, OpenError
 
 if TYPE_CHECKING:
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 _LISTED_KEYS = 100
 """Keys that a listing tells in the time of asking for one alone: 1,000 a request, one after the other, against 10 at
 once."""
+
+
+class Found(NamedTuple):
+    """What a store tells of a key that is there."""
+
+    nbytes: int | None
+    """None: it does not tell."""
+    tag: str = ""
+    """Another one as soon as its bytes change: its entity tag, or the time of its last change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,36 +103,48 @@ class Keys(Chunks):
         """
         wanted = {path for number in range(self.grid[0]) for path in self.paths(number)}
         [listed] = self._gather(self._list())
-        known = [size for path, size in listed.items() if path in wanted and size is not None]
-        unknown = [path for path, size in listed.items() if path in wanted and size is None]
+        known = [found.nbytes for path, found in listed.items() if path in wanted and found.nbytes is not None]
+        unknown = [path for path, found in listed.items() if path in wanted and found.nbytes is None]
         nbytes = sum(known)
         for batch in itertools.batched(unknown, concurrency()):
             nbytes += sum(self._gather(*map(self.array.store.getsize, batch)))
         return len(known) + len(unknown), len(wanted), nbytes
 
-    def check(self, numbers: NDArray[np.int64]) -> None:
-        """Check that the files of these rows are there, with the size that their codecs fix where it can be told.
+    def find_problem(self, numbers: NDArray[np.int64]) -> Problem | None:
+        """Look for a key that is not right, as far as the store tells; see `Chunks.find_problem`."""
+        for (path, number), found in self.look_up(numbers):
+            if found is None:
+                words = "" if self.fills else "is absent"
+            else:
+                words = "" if found.nbytes is None else self.size_problem(found.nbytes)
+            if words:
+                return Problem(number, self.name(path, number), words)
+        return None
+
+    def look_up(self, numbers: NDArray[np.int64]) -> Iterator[tuple[tuple[str, int], Found | None]]:
+        """Yield each file of these rows, its key and number, and what the store tells of it; None: it is absent.
+
+        By one listing, where that takes less than asking for each.
 
         Raises
         ------
-        IntegrityError
-            Naming the key and its rows.
         OpenError
             If the store fails.
         """
         wanted = [(path, number) for number in numbers.tolist() for path in self.paths(number)]
-        listed: dict[str, int | None] = {}
+        listed: dict[str, Found] = {}
+        known = False
         if len(wanted) * _LISTED_KEYS > math.prod(self.grid):
-            # Who may read a store may not list it, or it lists what it likes: keys that are not listed are asked for.
+            # Who may read a store may not list it, or it lists what it likes: keys that are not listed are asked for,
+            # but for those of a sparse array, which may be many, and whose absence is no error.
             with contextlib.suppress(OpenError):
                 [listed] = self._gather(self._list())
+                known = self.fills
         for batch in itertools.batched(wanted, concurrency()):
-            asked = [(path, number) for path, number in batch if path not in listed]
-            problems = dict(zip(asked, self._gather(*(self._look_up(*each) for each in asked)), strict=True))
-            for path, number in batch:
-                size = listed.get(path)
-                problem = "" if size is None else self.size_problem(size)
-                self.refuse(path, number, problems.get((path, number), problem))
+            asked = [each for each in batch if each[0] not in listed and not known]
+            told = dict(zip(asked, self._gather(*(self._ask(*each) for each in asked)), strict=True))
+            for each in batch:
+                yield each, listed.get(each[0], told.get(each))
 
     async def _get(self, path: str, number: int, wanted: ByteRequest) -> NDArray[np.uint8]:
         from zarr.abc.store import RangeByteRequest
@@ -149,15 +170,21 @@ class Keys(Chunks):
     def _failure(self, path: str, number: int, error: Exception) -> OpenError:
         return OpenError(f"a chunk can be read; {self.name(path, number)} cannot: {_reason(error)}; check the store")
 
-    async def _look_up(self, path: str, number: int) -> str:
-        """Say what is wrong with a key, with one request."""
+    async def _ask(self, path: str, number: int) -> Found | None:
+        """Ask for what the store tells of a key, with one request; None: it is absent."""
+        from zarr.storage import ObjectStore
+
         store = self.array.store
         try:
+            if isinstance(store, ObjectStore):
+                import obstore
+
+                return _found(await obstore.head_async(store.store, path))
             if self._tells_sizes:
-                return self.size_problem(await store.getsize(path))
-            return "" if await store.exists(path) else "is absent"
+                return Found(await store.getsize(path))
+            return Found(None) if await store.exists(path) else None
         except FileNotFoundError:
-            return "is absent"
+            return None
         except Exception as error:  # a store raises what it likes
             raise self._failure(path, number, error) from error
 
@@ -175,8 +202,8 @@ class Keys(Chunks):
 
         return type(self.array.store).getsize is not Store.getsize
 
-    async def _list(self) -> dict[str, int | None]:
-        """Return the keys under the array, with their sizes where a listing tells."""
+    async def _list(self) -> dict[str, Found]:
+        """Return the keys under the array, with what a listing tells of them."""
         from zarr.storage import ObjectStore
 
         store = self.array.store
@@ -185,8 +212,8 @@ class Keys(Chunks):
                 import obstore
 
                 batches = obstore.list(store.store, self._prefix)
-                return {each["path"]: each["size"] async for batch in batches for each in batch}
-            return {path: None async for path in store.list_prefix(self._prefix)}
+                return {each["path"]: _found(each) async for batch in batches for each in batch}
+            return {path: Found(None) async for path in store.list_prefix(self._prefix)}
         except Exception as error:  # a store raises what it likes
             raise OpenError(f"a store can be listed; {store} cannot: {_reason(error)}; check the store") from error
 
@@ -201,6 +228,12 @@ class Keys(Chunks):
     @property
     def _prefix(self) -> str:
         return f"{self.array.path}/" if self.array.path else ""
+
+
+def _found(told: Any) -> Found:
+    """What an object store tells of a key."""
+    # A listing tells milliseconds where a request for one key tells seconds.
+    return Found(told["size"], told["e_tag"] or f"{told['last_modified']:%Y-%m-%dT%H:%M:%S}")
 
 
 def _reason(error: Exception) -> str:

@@ -6,13 +6,13 @@ import contextlib
 import math
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from pipeline.chunks import CHECKSUM_NBYTES, Chunks, ShardIndex
+from pipeline.chunks import CHECKSUM_NBYTES, Chunks, Problem, ShardIndex
 from pipeline.keys import Keys
 from pipeline.preads import open_file
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.files import FileStamp
+
+
+_MOST_LOOKED_FOR = 1_000_000
+"""Files that are looked for one by one."""
 
 
 class Borders(Protocol):
@@ -103,32 +107,51 @@ class Files(Chunks):
     def count(self) -> tuple[int, int, int]:
         """Files that are there, those there should be, and the bytes that the former take: a stat each."""
         present = nbytes = 0
-        for number in range(self.grid[0]):
-            for path in self.paths(number):
-                with contextlib.suppress(OSError):
-                    nbytes += Path(path).stat().st_size
-                    present += 1
-        return present, math.prod(self.grid), nbytes
+        wanted = math.prod(self.grid)
+        paths: Iterable[str] = (path for number in range(self.grid[0]) for path in self.paths(number))
+        if wanted > _MOST_LOOKED_FOR:
+            # A sparse array may have more chunks than there are files on any disk.
+            paths = (
+                f"{folder}/{name}" for folder, _, names in os.walk(self.root) for name in names if name[0].isdigit()
+            )
+        for path in paths:
+            with contextlib.suppress(OSError):
+                nbytes += Path(path).stat().st_size
+                present += 1
+        return present, wanted, nbytes
 
-    def check(self, numbers: NDArray[np.int64]) -> None:
-        """Check that the files of these rows are there, with the size that their codecs fix.
-
-        Raises
-        ------
-        IntegrityError
-            Naming the file and its rows.
-        """
+    def find_problem(self, numbers: NDArray[np.int64]) -> Problem | None:
+        """Look for a file that is not right, a stat each; see `Chunks.find_problem`."""
         for number in numbers.tolist():
             for path in self.paths(number):
-                self.refuse(path, number, self._problem(path))
+                words = self._problem(path)
+                if words:
+                    return Problem(number, self.name(path, number), words)
+        return None
 
     def _problem(self, path: str) -> str:
         try:
             # A Path would take three times as long as the call itself, and files are many.
             status = os.stat(path)  # noqa: PTH116
+        except FileNotFoundError:
+            if self.is_absent(path):
+                return "" if self.fills else "is absent"
+            return "is a link to nothing, or lies in one"
         except OSError as error:
             return f"cannot be read: {error.strerror}"
         return self.size_problem(status.st_size) if stat.S_ISREG(status.st_mode) else "is no file"
+
+    def is_absent(self, path: str) -> bool:
+        """Whether nothing has the name of a file, not even a link to nothing, in an array that is there."""
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            while len(path) > len(self.root) and not os.path.lexists(path):
+                path = os.path.dirname(path)  # noqa: PTH120
+            return os.path.isdir(path)  # noqa: PTH112
+        except OSError:
+            pass
+        return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,7 +169,7 @@ class PlainFiles:
 
     @property
     def file_rows(self) -> int:
-        """All rows: `check` answers for the matrix as a whole, since a file that changed makes it another one."""
+        """All rows: a file that changed makes the matrix another one."""
         return int(self.borders[-1])
 
     @property
@@ -167,7 +190,7 @@ class PlainFiles:
         return str(self.stamps[number].path)
 
     def paths(self, number: int) -> Iterator[str]:
-        """Paths of all files; `number` is 0, as for `check`."""
+        """Paths of all files; `number` is 0."""
         assert number == 0
         for stamp in self.stamps:
             yield str(stamp.path)
@@ -188,9 +211,8 @@ class PlainFiles:
         rows = int(np.diff(self.borders)[there].sum())
         return int(there.sum()), len(there), rows * self.row_nbytes
 
-    def check(self, numbers: NDArray[np.int64]) -> None:
+    def check(self) -> None:
         """Raise IntegrityError unless every file is as it was when the matrix was opened: a stat each."""
-        assert not numbers.any()
         for stamp in self.stamps:
             stamp.check()
 
@@ -213,12 +235,24 @@ class Layout:
     """As stored; values are delivered in native order."""
     codecs: tuple[str, ...]
     """Names, in the order of encoding, inner ones for shards."""
+    checksums: bool
+    """What decodes a chunk checks it against a checksum that is stored with it; so it is with the index of a shard."""
     files: Files | Keys | PlainFiles
 
     @property
     def file_rows(self) -> int:
         """Rows of one file or key."""
         return self.shard_rows or self.chunk_rows
+
+    @property
+    def checked(self) -> bool:
+        """Whether all that is read is checked against a stored checksum."""
+        return self.checksums and self.reader == "decoded"
+
+    def decode(self, *, fills: bool) -> Layout:
+        """Return the same layout, of which chunks are decoded whole, and thus checked; see `Chunks.fills`."""
+        assert isinstance(self.files, Chunks)
+        return replace(self, reader="decoded", files=replace(self.files, fills=fills))
 
 
 def read_layout(array: zarr.Array[Any]) -> Layout:
@@ -230,7 +264,15 @@ def read_layout(array: zarr.Array[Any]) -> Layout:
     nbytes = None
     if plain:
         nbytes = chunk_nbytes * (index.chunks if index else 1) + (index.nbytes if index else 0)
-    files = _files(array, outer, nbytes, chunk_nbytes if plain else None, index)
+    files = _files(
+        array,
+        grid=tuple(-(-size // chunk) for size, chunk in zip(array.shape, outer, strict=True)),
+        file_rows=outer[0],
+        chunk_rows=inner[0],
+        chunk_nbytes=chunk_nbytes if plain else None,
+        nbytes=nbytes,
+        index=index,
+    )
     in_rows: Literal["direct", "ranged"] = "direct" if isinstance(files, Files) else "ranged"
     return Layout(
         reader=in_rows if plain and whole_rows and byteorder == "little" else "decoded",
@@ -239,8 +281,37 @@ def read_layout(array: zarr.Array[Any]) -> Layout:
         chunk_checksum=checksum,
         byteorder=byteorder,
         codecs=names,
+        checksums=_have_checksums(_describe(array)),
         files=files,
     )
+
+
+_CHECKSUMS = frozenset({"adler32", "bz2", "crc32", "crc32c", "fletcher32", "gzip", "jenkins_lookup3", "zlib"})
+"""Codecs that fail to decode what is not as it was encoded."""
+
+
+def _have_checksums(codecs: list[dict[str, Any]]) -> bool:
+    """Whether any damage to what these codecs made is found when it is decoded."""
+    for codec in codecs:
+        name, settings = codec["name"].removeprefix("numcodecs."), codec.get("configuration") or {}
+        if name == "sharding_indexed":
+            found = _have_checksums(settings["index_codecs"]) and _have_checksums(settings["codecs"])
+        else:
+            found = name in _CHECKSUMS or (name == "zstd" and bool(settings.get("checksum")))
+        if found:
+            return True
+    return False
+
+
+def _describe(array: zarr.Array[Any]) -> list[dict[str, Any]]:
+    """Codecs of an array, those of v2 in the words of v3."""
+    from zarr.core.metadata.v2 import ArrayV2Metadata
+
+    if not isinstance(array.metadata, ArrayV2Metadata):
+        return [codec.to_dict() for codec in array.metadata.codecs]
+    codecs: list[Any] = [*(array.metadata.filters or ()), array.metadata.compressor]
+    configured = [codec.get_config() for codec in codecs if codec is not None]
+    return [{"name": settings["id"], "configuration": settings} for settings in configured]
 
 
 def _codecs(
@@ -279,25 +350,18 @@ def _index(array: zarr.Array[Any], configuration: dict[str, Any]) -> ShardIndex 
     return ShardIndex(chunks, configuration["index_location"] == "end", len(codecs) > 1)
 
 
-def _files(
-    array: zarr.Array[Any],
-    outer: tuple[int, ...],
-    nbytes: int | None,
-    chunk_nbytes: int | None,
-    index: ShardIndex | None,
-) -> Files | Keys:
+def array_files(array: zarr.Array[Any]) -> Files | Keys:
+    """Tell the files or keys of any Zarr array, of chunks of several sizes, too, but not what is in them."""
+    sizes = array.write_chunk_sizes
+    rows = max(sizes[0])
+    grid = tuple(map(len, sizes))
+    return _files(array, grid=grid, file_rows=rows, chunk_rows=rows, chunk_nbytes=None, nbytes=None, index=None)
+
+
+def _files(array: zarr.Array[Any], **fixed: Any) -> Files | Keys:
     from zarr.storage import LocalStore
 
-    grid = tuple(-(-size // chunk) for size, chunk in zip(array.shape, outer, strict=True))
-    last = tuple(count - 1 for count in grid)
-    fixed: dict[str, Any] = {
-        "grid": grid,
-        "file_rows": outer[0],
-        "chunk_rows": array.chunks[0],
-        "chunk_nbytes": chunk_nbytes,
-        "nbytes": nbytes,
-        "index": index,
-    }
+    last = tuple(count - 1 for count in fixed["grid"])
     if type(array.store) is LocalStore:
         root = str(array.store.root / array.path) if array.path else str(array.store.root)
         for prefix, separator in (("c/", "/"), ("c.", "."), ("", "/"), ("", ".")):

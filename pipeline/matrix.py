@@ -7,15 +7,16 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pipeline.errors import InputError, OpenError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
+from pipeline.record import ATTRIBUTE
 from pipeline.sizes import count_of, format_size
 from pipeline.sources import (
     FileSource,
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
 
     from pipeline.sources import Source
 
-ATTRIBUTE = "random-windows"
-"""Key of our own attributes in what we write: says what it is, and its parts."""
+MissingChunks = Literal["error", "fill"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -143,6 +143,8 @@ def html_table(title: str, facts: dict[str, str]) -> str:
 def open_matrix(
     source: str | Path | zarr.Array[Any] | Sequence[str | Path],
     *,
+    check_reads: bool = False,
+    missing_chunks: MissingChunks = "error",
     dtype: DTypeLike | None = None,
     row_shape: Sequence[int] | None = None,
     dataset: str | None = None,
@@ -155,6 +157,11 @@ def open_matrix(
         Path of a Zarr array, v2 or v3, of at least one dimension and numeric dtype; or an open `zarr.Array`. Or a
         file that is read in place, since its rows lie as plain bytes: `.npy`, raw binary, HDF5 with a contiguous data
         set (`file.h5::dataset`). Several such files are stacked by rows, and their borders kept as `matrix.parts`.
+    check_reads
+        Whether to read every chunk that a window touches whole, or inner chunk of a shard, and check it against its
+        checksum: a damaged one is then an error, never a wrong value.
+    missing_chunks
+        `"fill"`: chunks that a Zarr array lacks read as its fill value. Default: they are an error.
     dtype, row_shape
         Of raw binary, and of nothing else.
     dataset
@@ -168,7 +175,8 @@ def open_matrix(
         If it is a Zarr group, or cannot be parsed, or is truncated; if it is a file whose rows cannot be read in place:
         in Fortran order, of another byte order, compressed or chunked.
     InputError
-        If the array has no rows or no numbers, an argument does not fit the source, or parts do not agree.
+        If the array has no rows or no numbers, an argument does not fit the source, or parts do not agree; if reads
+        cannot be checked, for want of checksums.
 
     Examples
     --------
@@ -181,28 +189,43 @@ def open_matrix(
     >>> pipeline.open_matrix(folder / "A.zarr").shape
     (3, 2)
     """
+    if missing_chunks not in ("error", "fill"):
+        raise InputError(f"missing_chunks is error or fill; got {missing_chunks!r}; choose one")
+    fills = missing_chunks == "fill"
+    matrix = _open(source, fills=fills, dtype=dtype, row_shape=row_shape, dataset=dataset)
+    if fills and matrix.array is None:
+        raise InputError(f"missing chunks are those of a Zarr array; {matrix.path} is read in place; drop it")
+    if check_reads and not matrix.layout.checksums:
+        raise InputError(
+            f"reads are checked against checksums; {matrix.path} has none; record them with: pipeline verify "
+            f"--write-manifest, or make a matrix that has them with: pipeline create"
+        )
+    return replace(matrix, layout=matrix.layout.decode(fills=fills)) if check_reads or fills else matrix
+
+
+def _open(source: str | Path | zarr.Array[Any] | Sequence[str | Path], *, fills: bool, **options: Any) -> Matrix:
     if isinstance(source, str | Path):
         path, name = split_name(str(source))
         if name is None and (not os.path.lexists(path) or path.is_dir()):
-            matrix = _open_zarr(open_array(path), str(source))
+            matrix = _open_zarr(open_array(path), str(source), fills=fills)
         else:
-            return _open_in_place(source, dtype=dtype, row_shape=row_shape, dataset=dataset)
+            return _open_in_place(source, **options)
     elif isinstance(source, Sequence):
-        return _open_in_place(source, dtype=dtype, row_shape=row_shape, dataset=dataset)
+        return _open_in_place(source, **options)
     else:
-        matrix = _open_zarr(source, str(getattr(source, "store_path", "")))
-    refuse_options(matrix.path, "a Zarr array, which has its own", dtype=dtype, row_shape=row_shape, dataset=dataset)
+        matrix = _open_zarr(source, str(getattr(source, "store_path", "")), fills=fills)
+    refuse_options(matrix.path, "a Zarr array, which has its own", **options)
     return matrix
 
 
-def _open_zarr(array: zarr.Array[Any], path: str) -> Matrix:
+def _open_zarr(array: zarr.Array[Any], path: str, *, fills: bool) -> Matrix:
     import zarr
 
     if not isinstance(array, zarr.Array):
         raise InputError(
             f"a matrix is a path, several, or a zarr.Array; got {type(array).__name__}; save it with numpy.save"
         )
-    array = reading_config(array)
+    array = reading_config(array, fills=fills)
     dtype = np.dtype(array.dtype)
     check_numeric(dtype, path)
     if not array.shape or 0 in array.shape:
@@ -240,6 +263,7 @@ def _open_in_place(source: str | Path | Sequence[str | Path], **options: Any) ->
         chunk_checksum=False,
         byteorder=sys.byteorder,
         codecs=(),
+        checksums=False,
         files=plain,
     )
     parts = opened.parts if isinstance(opened, StackedSource) else None

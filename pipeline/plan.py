@@ -145,7 +145,9 @@ class Plan:
         if layout.reader != "decoded":
             in_flight = IN_FLIGHT_NBYTES if layout.reader == "ranged" else 0
             return bookkeeping + in_flight + max(self.chunk.scratch_nbytes, self.request.scratch_nbytes)
-        touched = min(self.matrix.rows, layout.chunk_rows + length) * self.matrix.row_nbytes
+        # A chunk is decoded whole, the part of it that lies beyond the matrix, too.
+        rows = max(layout.chunk_rows, min(self.matrix.rows, layout.chunk_rows + length))
+        touched = rows * self.matrix.row_nbytes
         # Encoded bytes, what the codecs make of them on the way, and the rows.
         return bookkeeping + 4 * max(touched, min(READ_NBYTES, self.block_nbytes))
 

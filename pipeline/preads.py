@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import IntegrityError, OpenError
@@ -23,11 +24,16 @@ class Reading(NamedTuple):
 def open_file(path: str, name: str) -> int:
     """Open a chunk's file for reading; `name` tells errors which. The caller closes the descriptor."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without the last flag, a pipe would wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise IntegrityError(f"every chunk is there; {name} is not; restore it") from error
     except OSError as error:
         raise OpenError(f"a chunk can be read; {name} cannot: {error.strerror}; check its permissions") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IntegrityError(f"every chunk is there; {name} is no file; restore it")
+    return fd
 
 
 def announce(fd: int, ranges: Iterable[tuple[int, int]]) -> None:

@@ -12,12 +12,14 @@ import numpy as np
 
 from pipeline.chunks import CHECKSUM_NBYTES
 from pipeline.decoding import decoding_reader, touched_units
+from pipeline.errors import IntegrityError
 from pipeline.keys import Keys
 from pipeline.layout import Extents, Files, PlainFiles
 from pipeline.pieces import cut_pieces, read_by_runs
 from pipeline.plan import SLAB_NBYTES
 from pipeline.preads import announce, open_file, read_fully
 from pipeline.ranged import RangedReader
+from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,14 +177,18 @@ def check_files(matrix: Matrix, starts: NDArray[np.int64], length: int) -> None:
     Raises
     ------
     IntegrityError
-        Naming the first file that is not, and its rows.
+        Naming the first file that is not, its rows, and how many windows touch them.
     """
     files = matrix.layout.files
+    if isinstance(files, PlainFiles):
+        files.check()
+        return
     first, last = starts // files.file_rows, (starts + (length - 1)) // files.file_rows
-    files.check(touched_units(*_distinct(first, last)))
-
-
-def _distinct(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Drop repeated ranges, so that many windows in few files cost little."""
-    changed = np.r_[True, (np.diff(first) != 0) | (np.diff(last) != 0)]
-    return first[changed], last[changed]
+    problem = files.find_problem(touched_units(first, last))
+    if problem is not None:
+        windows = int(((first <= problem.number) & (problem.number <= last)).sum())
+        fill = ", or read the fill value with --missing-chunks fill" if problem.words == "is absent" else ""
+        raise IntegrityError(
+            f"every chunk is there, whole; {problem.name} {problem.words}; restore it{fill}: {windows:,} of "
+            f"{count_of(len(starts), 'window')} {'touches' if windows == 1 else 'touch'} it"
+        )

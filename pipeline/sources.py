@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline import hdf5
-from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
+from pipeline.errors import BudgetError, InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.files import FileStamp, check_rows, read_runs
+from pipeline.memory import budget
+from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     import zarr
@@ -465,10 +467,28 @@ def _open_zarr(array: zarr.Array[Any], options: _Options) -> ZarrSource:
     options.refuse(name, "a Zarr array", "dtype", "row_shape", "dataset")
     axis = _check_array(name, array.shape, np.dtype(array.dtype), options.axis)
     array = reading_config(array)
+    chunk_rows = min(check_decodable(array, name)[axis], array.shape[axis])
+    return ZarrSource(array, axis, chunk_rows, _count_bytes(array))
+
+
+def check_decodable(array: zarr.Array[Any], name: str) -> tuple[int, ...]:
+    """Return the shape of what zarr decodes in one go, or raise BudgetError where that does not fit the memory.
+
+    Metadata may say anything: it is read before anything of that size is allocated.
+    """
     # Codecs around a shard's own make zarr read the shard whole.
     whole = not array.async_array.codec_pipeline.supports_partial_decode
-    sizes = array.write_chunk_sizes if whole else array.read_chunk_sizes
-    return ZarrSource(array, axis, max(sizes[axis]), _count_bytes(array))
+    try:
+        shape: tuple[int, ...] = (array.shards if whole else None) or array.chunks
+    except NotImplementedError:  # Chunks of several sizes: each is listed.
+        shape = tuple(map(max, array.write_chunk_sizes if whole else array.read_chunk_sizes))
+    nbytes, allowed = math.prod(shape) * np.dtype(array.dtype).itemsize, budget()
+    if nbytes > allowed.nbytes:
+        raise BudgetError(
+            f"a chunk is decoded whole; one of {name} takes {format_size(nbytes)}, {allowed.source} allows "
+            f"{format_size(allowed.nbytes)}; write the array anew in smaller chunks"
+        )
+    return shape
 
 
 def open_array(path: Path) -> zarr.Array[Any]:
@@ -495,13 +515,16 @@ def open_array(path: Path) -> zarr.Array[Any]:
     raise OpenError(f"a matrix is one Zarr array; {path} is a group {held}; {way_out}")
 
 
-def reading_config(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """Let an array decode without an event loop, and raise where a chunk is absent instead of giving the fill value."""
+def reading_config(array: zarr.Array[Any], *, fills: bool = False) -> zarr.Array[Any]:
+    """Let an array decode without an event loop, and raise where a key is absent, unless `fills` asks for fill values.
+
+    Zarr gives the fill value for what a shard leaves out, all the same.
+    """
     import zarr
 
     # An array takes its codec pipeline from the configuration in force when it is made, and keeps it when pickled.
     with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
-        return array.with_config({"read_missing_chunks": False})
+        return array.with_config({"read_missing_chunks": fills})
 
 
 def _count_bytes(array: zarr.Array[Any]) -> int:
