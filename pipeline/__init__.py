@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, plan_windows
     from pipeline.starts import draw_starts
     from pipeline.tasks import build_tasks
+    from pipeline.verification import verify, write_manifest
     from pipeline.writeback import store
 
 _HOMES = {
@@ -46,6 +47,8 @@ _HOMES = {
     "open_matrix": "matrix",
     "plan_windows": "plan",
     "store": "writeback",
+    "verify": "verification",
+    "write_manifest": "verification",
 }
 
 __all__ = [
@@ -68,6 +71,8 @@ __all__ = [
     "open_matrix",
     "plan_windows",
     "store",
+    "verify",
+    "write_manifest",
 ]
 
 

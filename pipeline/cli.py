@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError
+from pipeline.signals import Guard, Terminated
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import FrameType
 
     from pipeline.collect import Gathering
     from pipeline.matrix import Matrix
@@ -40,6 +40,10 @@ _EPILOG = (
     "6 incomplete; 7 output exists; 130, 143 interrupted. The environment variable PIPELINE_NAME sets an option, "
     "such as PIPELINE_MEMORY=8GB; not so --out, --overwrite, --order, --dry-run and those that shape the report."
 )
+
+
+_MOST_SHOWN = 20
+"""Problems that `verify` says in words."""
 
 
 class _Option(click.Option):
@@ -55,18 +59,22 @@ def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(*names, cls=_Option, **settings)
 
 
-class _Terminated(BaseException):
-    """SIGTERM: unwinds as Ctrl-C does, so that nothing half-written stays."""
-
-
 def main() -> None:
     """Run the command line, and turn every failure into one line and its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _occupy_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A path need not be UTF-8.
             stream.reconfigure(errors="backslashreplace")
+    with Guard(_say) as guard:
+        _answer(guard)
+
+
+def _answer(guard: Guard) -> NoReturn:
+    """Do what the command line asks for, and exit."""
     try:
+        if sys.stdout is None:
+            raise OpenError("data go to standard output; it is closed; name a file for it, such as /dev/null")  # noqa: TRY301
         with cli.make_context("pipeline", sys.argv[1:]) as context:
             cli.invoke(context)
         sys.exit(0)
@@ -77,47 +85,82 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(128 + signal.SIGPIPE)
     except BaseException as error:  # noqa: BLE001 (the last line of defence: no traceback reaches the user)
-        _fail(error)
+        error = guard.settle(error)
+        guard.say(error)
+        sys.exit(_explain(error)[0])
 
 
-def _fail(error: BaseException) -> NoReturn:
-    """Say one line, and exit."""
+class _WrongError(IntegrityError):
+    """What `verify` found."""
+
+    def __init__(self, text: str, numbers: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.numbers = numbers
+        """Of the report, for `--json`: an error is one object, too."""
+
+
+def _say(error: BaseException) -> None:
+    """Say one line of a failure."""
     code, text = _explain(error)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     text = " ".join(text.split())
     if "--json" in sys.argv:
         with contextlib.suppress(OSError):
-            click.echo(json.dumps({"error": text, "exit_code": code}))
-    click.echo(f"error: {text}", err=True)
-    sys.exit(code)
+            click.echo(json.dumps(getattr(error, "numbers", {}) | {"error": text, "exit_code": code}))
+    with contextlib.suppress(OSError):
+        click.echo(f"error: {text}", err=True)
+
+
+def _occupy_descriptors() -> None:
+    """Point those of 0 to 2 that are closed at the null device: no file that is opened later may take their number."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (it stays open)
+
+
+@contextlib.contextmanager
+def _foreign_output_diverted() -> Iterator[None]:
+    """Send to stderr what `apply` prints: here, in other libraries' C, and in worker processes, which inherit it."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:  # noqa: PLR0911 (a table)
     """Exit code and words of a failure."""
+    notes = getattr(error, "__notes__", [])
     match error:
         case PipelineError():
-            return error.exit_code, "; ".join([str(error), *getattr(error, "__notes__", [])])
+            return error.exit_code, "; ".join([str(error), *notes])
         case click.ClickException():
             verb = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pipeline"
             return 2, f"the command line; {error.format_message().rstrip('.')}; see {verb} --help"
         case KeyboardInterrupt() | click.Abort():
-            return 130, "interrupted; nothing was kept; run it again"
-        case _Terminated():
-            return 143, "terminated; nothing was kept; run it again"
+            return 130, "; ".join(["interrupted", *(notes or ["nothing was kept; run it again"])])
+        case Terminated():
+            return 143, "; ".join(["terminated", *(notes or ["nothing was kept; run it again"])])
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return 5, f"an output fits its disk; {error.filename or 'standard output'}: {error.strerror}; free some"
+            text = f"an output fits its disk; {error.filename or 'standard output'}: {error.strerror}; free some"
+            return 5, "; ".join([text, *notes])
         case OSError():
-            return 3, f"a file can be used; {error.filename or 'one'}: {error.strerror or error}; check it"
+            text = f"a file can be used; {error.filename or 'one'}: {error.strerror or error}; check it"
+            return 3, "; ".join([text, *notes])
         case MemoryError():
-            return 5, f"a run fits its memory; {error or 'it ran out'}; ask for less at once"
+            return 5, "; ".join([f"a run fits its memory; {error or 'it ran out'}; ask for less at once", *notes])
     return 1, f"a bug of ours; {type(error).__name__}: {error}; run it with --debug and report what it says"
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG, invoke_without_command=True)
@@ -143,6 +186,9 @@ _cluster_option = _option(
     "--cluster", metavar="FILE", help="Cluster file. Default: ./cluster.yaml if it is there, else this machine's cores."
 )
 _memory_option = _option("--memory", metavar="SIZE", help="Most that the run may hold, such as 8GB.")
+_resume_option = _option(
+    "--resume", is_flag=True, help="Go on where an interrupted run of the same request ended; a fresh run without one."
+)
 _overwrite_option = _option("--overwrite", is_flag=True, help="Replace an output that this program wrote.")
 
 
@@ -169,7 +215,16 @@ def _request(function: Callable[..., None]) -> Callable[..., None]:
         _option("--out", metavar="PATH", help="X.zarr (workers write) or X.npy. Default: an array that is not kept."),
         _option("--apply", "apply_name", metavar="MODULE:FUNCTION", help="Run on each block; only its result travels."),
         _option("--order", type=click.Choice(["request", "chunk"]), help="Order of X.zarr.  [default: request]"),
+        _option("--check-reads", is_flag=True, help="Read whole chunks, and check them against their checksums."),
+        _option(
+            "--missing-chunks",
+            type=click.Choice(["error", "fill"]),
+            default="error",
+            show_default=True,
+            help="What absent chunks of a Zarr array are: an error, or its fill value.",
+        ),
         _memory_option,
+        _resume_option,
         _overwrite_option,
         _common,
     ]
@@ -190,6 +245,7 @@ def _request(function: Callable[..., None]) -> Callable[..., None]:
 @_option("--compress", type=click.Choice(["zstd", "blosc"]), help="Default: not compressed.")
 @_memory_option
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and write nothing.")
+@_resume_option
 @_overwrite_option
 @_cluster_option
 @_common
@@ -199,6 +255,7 @@ def create(
     *,
     row_shape: str | None,
     dry_run: bool,
+    resume: bool,
     overwrite: bool,
     cluster: str | None,
     as_json: bool,
@@ -222,6 +279,7 @@ def create(
             sources[0] if len(sources) == 1 else list(sources),
             dest,
             row_shape=parse_shape(row_shape),
+            resume=resume,
             overwrite=overwrite,
             **settings,
         )
@@ -250,12 +308,14 @@ def create(
         "nbytes": matrix.nbytes,
         "nbytes_read": watch.nbytes_read,
         "tasks": watch.done_tasks,
+        "tasks_kept": watch.kept_tasks,
+        "finished_before": watch.tasks == 0,
         **_seconds(watch, begin, ready, started, ended),
         "bytes_per_second": matrix.nbytes / (ended - started),
         "peak_memory": peak.nbytes,
         "dashboard": link,
     }
-    _report(matrix.facts() | _run_facts(numbers), numbers, as_json=as_json)
+    _report(matrix.facts() | _resumed(watch) | _run_facts(numbers), numbers, as_json=as_json)
 
 
 @cli.command()
@@ -324,7 +384,7 @@ def plan(*, as_json: bool, **arguments: Any) -> None:
 
     Reads no data, but for one window where --apply is given. MATRIX is as for `run`.
     """
-    with _loading():
+    with _loading(), _foreign_output_diverted():
         _, sink = _prepare(**arguments)
     planned, peak = sink.plan, sink.footprint().peak_nbytes
     numbers: dict[str, Any] = {
@@ -368,14 +428,18 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
     (A.h5::dataset, or --dataset), read in place.
     """
     begin = time.perf_counter()
-    with _loading():
+    with _loading(), _foreign_output_diverted():
         from pipeline.memory import PeakMemory
         from pipeline.report import name_limit, share_seconds
         from pipeline.runs import active_client, count_threads
 
         matrix, sink = _prepare(**arguments)
     ready = time.perf_counter()
-    with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
+    with (
+        _foreign_output_diverted(),
+        PeakMemory() as peak,
+        _connected(cluster, quiet=quiet, verbose=verbose) as link,
+    ):
         started = time.perf_counter()
         threads = count_threads(active_client())
         with _shown("windows", quiet=quiet) as watch:
@@ -400,8 +464,12 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
         "nbytes_delivered": sink.nbytes,
         "nbytes_read": watch.nbytes_read,
         "amplification": amplification,
+        "checked_reads": matrix.layout.checked,
         "crossings": planned.crossings(),
+        "nonfinite": watch.nonfinite,
         "tasks": watch.done_tasks,
+        "tasks_kept": watch.kept_tasks,
+        "finished_before": watch.tasks == 0,
         **_seconds(watch, begin, ready, started, ended),
         "shares": shares,
         "limit": limit,
@@ -416,11 +484,87 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
         "kept": str(sink.out) if sink.out is not None else "nothing; name a file with --out to keep the windows",
         "read": f"{format_size(watch.nbytes_read)}, amplification {amplification:.2f}",
     }
+    facts["reads"] = "checked"
+    if not matrix.layout.checked:
+        way_out = "--check-reads does" if matrix.layout.checksums else f"{matrix.path} has no checksums"
+        facts["reads"] = f"not checked; {way_out}"
     if matrix.parts is not None and not arguments["within"]:
         facts["crossings"] = f"{planned.crossings():,} windows cross the border of two parts"
+    if watch.nonfinite:
+        facts["not finite"] = f"{count_of(watch.nonfinite, 'value')} of the result: NaN or infinite"
     facts["limit"] = f"{limit}; {advice}" if advice else limit
     facts["shares"] = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
-    _report(facts | _run_facts(numbers), numbers, as_json=as_json)
+    _report(facts | _resumed(watch) | _run_facts(numbers), numbers, as_json=as_json)
+
+
+@cli.command()
+@click.argument("target", metavar="TARGET")
+@_option("--subset", metavar="PART", help="Read a random part, such as 10%.  [default: all]")
+@_option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the part.")
+@_option("--manifest", metavar="FILE", help="Compare with what --write-manifest wrote.")
+@click.option("--write-manifest", metavar="FILE", help="Record size and crc32 of every file; compare nothing.")
+@_cluster_option
+@_common
+def verify(
+    target: str,
+    *,
+    subset: str | None,
+    seed: int,
+    manifest: str | None,
+    write_manifest: str | None,
+    cluster: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    debug: bool,  # noqa: ARG001 (read by main)
+) -> None:
+    """Compare every stored byte with its checksum.
+
+    TARGET is what `create` or `run` wrote; a Zarr array or group whose codecs add a crc32c; or, with a manifest, any
+    Zarr or file.
+    """
+    begin = time.perf_counter()
+    with _loading():
+        from pipeline.memory import PeakMemory
+        from pipeline.verification import parse_subset, prepare_recording, prepare_verification
+
+        if write_manifest is None:
+            share = 1.0 if subset is None else parse_subset(subset)
+            checking = prepare_verification(target, subset=share, seed=seed, manifest=manifest)
+        else:
+            if subset is not None or manifest is not None:
+                other = "--manifest" if subset is None else "--subset"
+                raise InputError(f"--write-manifest records all that is there; got {other}, too; drop one of the two")
+            recording = prepare_recording(target, write_manifest)
+    ready = time.perf_counter()
+    problems = []
+    with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
+        started = time.perf_counter()
+        with _shown("ranges", quiet=quiet) as watch:
+            if write_manifest is None:
+                problems = checking.run(watch)
+            else:
+                recording.run(watch)
+        ended = time.perf_counter()
+    facts, numbers = (checking if write_manifest is None else recording).report(watch, problems)
+    numbers |= {
+        "tasks": watch.done_tasks,
+        **_seconds(watch, begin, ready, started, ended),
+        "bytes_per_second": watch.nbytes_read / (ended - started),
+        "peak_memory": peak.nbytes,
+        "dashboard": link,
+    }
+    if not (problems and as_json):
+        _report(facts | _run_facts(numbers), numbers, as_json=as_json)
+    if not problems:
+        return
+    if not as_json:
+        for problem in problems[:_MOST_SHOWN]:
+            click.echo(" ".join(str(problem).split()))
+        if len(problems) > _MOST_SHOWN:
+            click.echo(f"and {len(problems) - _MOST_SHOWN:,} more; --json lists all")
+    wrong = f"{numbers['wrong_files']:,} of {count_of(numbers['files'], 'file')} are wrong"
+    raise _WrongError(f"stored bytes are what was written; those of {target} are not; {wrong}", numbers)
 
 
 @cli.command()
@@ -547,6 +691,17 @@ def _seconds(watch: Watch, begin: float, ready: float, started: float, ended: fl
         "apply_seconds": watch.apply_seconds,
         "write_seconds": watch.write_seconds,
     }
+
+
+def _resumed(watch: Watch) -> dict[str, str]:
+    """Say what an earlier run had done of this one."""
+    if not watch.tasks:
+        return {"resumed": "nothing was left to do: the output of this very request is there, finished"}
+    return (
+        {"resumed": f"{watch.kept_tasks:,} of {count_of(watch.tasks, 'task')} were finished before"}
+        if (watch.kept_tasks)
+        else {}
+    )
 
 
 def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:

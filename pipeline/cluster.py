@@ -8,10 +8,13 @@ import inspect
 import logging
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +22,17 @@ import dask
 import distributed
 import distributed.utils
 from dask.system import CPU_COUNT
+from tornado.ioloop import PeriodicCallback
 
 from pipeline.clusterfile import Spec, check_keys, merged_settings, one_line, read_spec
 from pipeline.dashboard import Worker, can_defer_pages, dashboard_link, defer_pages
 from pipeline.errors import InputError, OpenError, PipelineError
 from pipeline.memory import budget
+from pipeline.signals import kill_workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
 __all__ = ["check_client", "connect", "dashboard_link"]
@@ -45,12 +51,19 @@ _DEFAULTS: dict[str, Any] = {
 }
 """`kwargs` of a LocalCluster where the file leaves them out: one process, reachable from this host alone."""
 
+_LOG_LEVEL = "DASK_LOGGING__DISTRIBUTED"
+_SWEPT = "ignore::UserWarning:multiprocessing.resource_tracker"
 _LOOPBACK = "127.0.0.1:0"
 _MIN_THREADS = 2
 """One that reads while another copies; many reads are in flight, whatever the number of threads."""
 _CONNECT_SECONDS = 10
 _WORKER_SECONDS = 60
 _CLOSE_SECONDS = 10
+_REPLACE_SECONDS = 1
+_GONE = (distributed.Status.closed, distributed.Status.failed)
+_NO_WORKERS = "distributed.scheduler.no-workers-timeout"
+_NO_WORKERS_MINUTES = 5
+"""How long tasks wait for a worker where Dask's settings let them wait for ever."""
 
 
 @contextmanager
@@ -163,22 +176,23 @@ def _start(stack: ExitStack, spec: Spec, overrides: dict[str, Any], level: Any, 
         kwargs["scheduler_kwargs"] = {"dashboard": False}
     if not kwargs["processes"]:
         kwargs["worker_class"] = Worker
-    with _sigint_blocked(kwargs["processes"]):
-        try:
-            with warnings.catch_warnings():
-                # Where a port is taken Dask takes another, whose link is printed, and drops a socket.
-                warnings.filterwarnings("ignore", message="Port .* is already in use")
-                warnings.filterwarnings("ignore", message="unclosed <socket", category=ResourceWarning)
-                cluster = factory(**kwargs)
-        except Exception as error:
-            raise _start_error(error, origin) from error
-        stack.push(lambda kind, *_: _close_cluster(cluster, hurry=kind is not None))
+    patience = dask.config.get(_NO_WORKERS) or f"{_NO_WORKERS_MINUTES} minutes"
+    try:
+        with dask.config.set({_NO_WORKERS: patience}):
+            cluster = _make_interruptibly(stack, factory, kwargs)
+    except Exception as error:
+        raise _start_error(error, origin) from error
     if deferred:
         defer_pages(cluster.scheduler, "scheduler")
     if spec.adapt:
         cluster.adapt(minimum=spec.adapt.minimum, maximum=spec.adapt.maximum)
     elif spec.scale:
         cluster.scale(spec.workers)
+    if kwargs["processes"] and not spec.adapt:
+        again = PeriodicCallback(partial(_replace_lost, cluster), 1000 * _REPLACE_SECONDS)
+        # Of those that the cluster stops when it closes.
+        cluster.periodic_callbacks["replace-lost"] = again
+        cluster.loop.add_callback(again.start)
     return cluster
 
 
@@ -228,23 +242,69 @@ def _start_error(error: Exception, origin: str) -> PipelineError:
     return kind(f"the cluster must start; got {one_line(error)}; check the kwargs of {origin}")
 
 
-@contextmanager
-def _sigint_blocked(wanted: bool) -> Iterator[None]:
-    """Keep Ctrl-C from worker processes that start in this block or later, by restarts and scaling.
+def _make_interruptibly(stack: ExitStack, factory: Any, kwargs: dict[str, Any]) -> Any:
+    """Make a cluster in a thread of its own, so that Ctrl-C interrupts the caller, never a start half way.
 
-    They are spawned by threads that start in this block, and both inherit its signal mask. A Ctrl-C meanwhile comes
-    at the end of the block.
+    `stack` closes it.
     """
-    if not wanted or not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # It unblocks SIGINT once it has started, so it starts first.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if kwargs["processes"]:
+        _keep_processes_quiet(stack, kwargs["silence_logs"])
+    with ThreadPoolExecutor(1, "start", _block_sigint if kwargs["processes"] else None) as starter:
+        starting = starter.submit(_make, factory, kwargs)
+        stack.push(lambda kind, *_: _close_started(starting, hurry=kind is not None))
+        try:
+            return starting.result()
+        except Exception:
+            raise
+        except BaseException:
+            # Let it end soon.
+            kill_workers()
+            raise
+
+
+def _keep_processes_quiet(stack: ExitStack, level: Any) -> None:
+    """See to it that processes to be started say nothing when they end, or are killed."""
+    if level and _LOG_LEVEL not in os.environ:
+        # A worker that closes lets go of `silence_logs` too early. Dask leaves the variable in our environment.
+        stack.callback(os.environ.pop, _LOG_LEVEL, None)
+        stack.enter_context(dask.config.set({f"distributed.nanny.pre-spawn-environ.{_LOG_LEVEL}": str(level)}))
+    # What sweeps behind processes that were killed tells of each semaphore. It starts here, and not in the thread that
+    # blocks SIGINT, since it would let that through again.
+    sys.warnoptions.append(_SWEPT)
     try:
-        yield
+        resource_tracker.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sys.warnoptions.remove(_SWEPT)
+
+
+def _make(factory: Any, kwargs: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        # Where a port is taken Dask takes another, whose link is printed, and drops a socket.
+        warnings.filterwarnings("ignore", message="Port .* is already in use")
+        warnings.filterwarnings("ignore", message="unclosed <socket", category=ResourceWarning)
+        return factory(**kwargs)
+
+
+def _block_sigint() -> None:
+    """Keep Ctrl-C from worker processes, those of later restarts and scaling among them.
+
+    They are spawned by threads that this one starts, and both inherit its signal mask.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+async def _replace_lost(cluster: Any) -> None:
+    """Start workers anew whose nanny has gone, too.
+
+    A nanny restarts a process that dies, and goes itself where the process leaves in order, or cannot start.
+    """
+    for name, nanny in list(cluster.workers.items()):
+        if nanny.status in _GONE:
+            del cluster.workers[name]
+    if cluster.worker_spec.keys() - cluster.workers.keys():
+        with suppress(Exception):
+            await cluster._correct_state()  # noqa: SLF001 (`Cluster.scale` drops its errors into the log)
 
 
 def _reach(address: str) -> distributed.Client:
@@ -283,15 +343,19 @@ def _close(client: distributed.Client) -> None:
         client.close(timeout=_CLOSE_SECONDS)
 
 
-def _close_cluster(cluster: Any, *, hurry: bool) -> None:
+def _close_started(starting: Future[Any], *, hurry: bool) -> None:
+    # Its thread has ended.
     with suppress(Exception):
+        cluster = starting.result()
         if hurry:
-            cluster.sync(_drop_workers, list(cluster.workers.values()))
+            cluster.sync(_drop_workers, cluster)
         cluster.close(timeout=_CLOSE_SECONDS)
 
 
-async def _drop_workers(workers: list[Any]) -> None:
+async def _drop_workers(cluster: Any) -> None:
     """Close workers without waiting for the tasks that they run."""
+    cluster.worker_spec.clear()
+    workers = list(cluster.workers.values())
     in_process = {"timeout": 0, "executor_wait": False}
     nanny = {"timeout": 1}
     each = (worker.close(**in_process if isinstance(worker, distributed.Worker) else nanny) for worker in workers)

@@ -12,6 +12,10 @@ class PipelineError(Exception):
     exit_code = 1
     """Exit code of the command line."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # As every exception, but said here: otherwise tblib, by which Dask sends them, fails on a MemoryError of ours.
+        return type(self), self.args, self.__dict__
+
 
 class InputError(PipelineError, ValueError):
     """An argument, a flag or a key of `cluster.yaml` with a value that cannot be used."""

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""Progress on stderr: a bar on a terminal, a plain line every ten seconds elsewhere; a line when a run stalls."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
-from pipeline.report import Watch
-from pipeline.sizes import format_size
+from pipeline.report import STAGES, Watch
+from pipeline.runs import active_client, count_threads
+from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     from pipeline.tasks import Receipt
 
 _SECONDS = 10.0
+_STALL_SECONDS = 60.0
+"""A run stalls when no task has finished for so long, and for several times the longest task."""
+_STALL_TASKS = 4
 
 
 class ShownWatch(Watch):
@@ -28,6 +32,10 @@ class ShownWatch(Watch):
         self._bar: tqdm[Any] | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._at_once = 1
+        self._longest = 0.0
+        self._last: tuple[float, float]
+        """When a task finished last, or the run began: by the clock that never goes back, and by the wall's."""
 
     def __enter__(self) -> Self:
         return self
@@ -44,25 +52,56 @@ class ShownWatch(Watch):
         super().begin(tasks, units, nbytes)
         if self._quiet:
             return
+        self._at_once = count_threads(active_client())
+        self._last = time.perf_counter(), time.time()
         if sys.stderr.isatty():
             self._bar = tqdm(total=units, unit=f" {self._unit}", file=sys.stderr, dynamic_ncols=True, leave=False)
-        else:
-            self._thread = threading.Thread(target=self._tell, name="progress", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._tell, name="progress", daemon=True)
+        self._thread.start()
 
     def task_done(self, receipt: Receipt) -> None:
         """Count one finished task, and move the bar."""
         super().task_done(receipt)
+        self._longest = max(self._longest, sum(getattr(receipt, f"{stage}_seconds") for stage in STAGES))
+        self._last = time.perf_counter(), time.time()
         if self._bar is not None:
             self._bar.update(receipt.units)
 
+    def task_kept(self, units: int) -> None:
+        """Count a task that an earlier run had finished, and move the bar."""
+        super().task_kept(units)
+        if self._bar is not None:
+            self._bar.update(units)
+
     def _tell(self) -> None:
+        told = None
         while not self._ended.wait(_SECONDS):
-            passed = time.perf_counter() - self.started
-            share = self.done_units / self.units
-            left = f"{passed * (1 - share) / share:.0f} s left" if share else "time left not known yet"
-            sys.stderr.write(
-                f"{self.done_units:,} of {self.units:,} {self._unit} ({share:.0%}), "
-                f"{self.done_tasks:,} of {self.tasks:,} tasks, {format_size(self.nbytes * share / passed)}/s, {left}\n"
-            )
+            if self._bar is None:
+                self._write(self._progress())
+            last = self._last
+            silent = time.perf_counter() - last[0]
+            left = self.tasks - self.kept_tasks - self.done_tasks
+            if left and told != last and silent > max(_STALL_SECONDS, _STALL_TASKS * self._longest):
+                told = last
+                since = time.strftime("%H:%M:%S", time.localtime(last[1]))
+                self._write(
+                    f"stalled: no task has finished for {silent:.0f} s, since {since}; "
+                    f"{count_of(min(left, self._at_once), 'task')} under way, {left:,} not done; look at the storage "
+                    f"and at the dashboard"
+                )
+
+    def _progress(self) -> str:
+        passed = time.perf_counter() - self.started
+        share = self.done_units / self.units
+        left = f"{passed * (1 - share) / share:.0f} s left" if share else "time left not known yet"
+        return (
+            f"{self.done_units:,} of {self.units:,} {self._unit} ({share:.0%}), "
+            f"{self.done_tasks:,} of {self.tasks:,} tasks, {format_size(self.nbytes * share / passed)}/s, {left}"
+        )
+
+    def _write(self, line: str) -> None:
+        if self._bar is None:
+            sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
+        else:
+            self._bar.write(line, file=sys.stderr)

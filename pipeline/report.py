@@ -27,6 +27,8 @@ class Watch:
     nbytes: int = 0
     """Bytes of the output."""
     done_tasks: int = 0
+    kept_tasks: int = 0
+    """Finished by an earlier run, which this one resumed."""
     done_units: int = 0
     nbytes_read: int = 0
     read_seconds: float = 0.0
@@ -34,12 +36,19 @@ class Watch:
     decode_seconds: float = 0.0
     apply_seconds: float = 0.0
     write_seconds: float = 0.0
+    nonfinite: int = 0
+    """Values that `apply` gave and that are NaN or infinite."""
     started: float = field(default_factory=time.perf_counter)
 
     def begin(self, tasks: int, units: int, nbytes: int) -> None:
         """Learn what there is to do, before the first task runs."""
         self.tasks, self.units, self.nbytes = tasks, units, nbytes
         self.started = time.perf_counter()
+
+    def task_kept(self, units: int) -> None:
+        """Count a task that an earlier run had finished."""
+        self.kept_tasks += 1
+        self.done_units += units
 
     def task_done(self, receipt: Receipt) -> None:
         """Count one finished task."""
@@ -50,6 +59,7 @@ class Watch:
         self.decode_seconds += receipt.decode_seconds
         self.apply_seconds += receipt.apply_seconds
         self.write_seconds += receipt.write_seconds
+        self.nonfinite += receipt.nonfinite
 
 
 def share_seconds(watch: Watch) -> dict[str, float]:

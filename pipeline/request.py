@@ -38,6 +38,9 @@ def prepare_request(
     apply_name: str | None,
     order: str | None,
     memory: str | None,
+    check_reads: bool,
+    missing_chunks: str,
+    resume: bool,
     overwrite: bool,
     **_: Any,
 ) -> tuple[Matrix, Gathering | Storing]:
@@ -52,7 +55,7 @@ def prepare_request(
         raise InputError(f"--out ends in .zarr or .npy; got {out!r}; rename it")
     if order is not None and suffix != ".zarr":
         raise InputError(f"--order is for --out X.zarr; got --order {order} with {out or 'no --out'}; drop it")
-    opened = open_named(matrix, dtype, row_shape, dataset)
+    opened = open_named(matrix, dtype, row_shape, dataset, check_reads=check_reads, missing_chunks=missing_chunks)
     opened.check_length(length)
     if starts is not None:
         if out is not None and starts != "-":
@@ -65,17 +68,18 @@ def prepare_request(
         chosen = draw_starts(opened.rows, length=length, count=count, seed=seed, within=parts)
     planned = plan_windows(opened, chosen, length=length, memory=memory)
     function = None if apply_name is None else _load_function(apply_name)
+    if resume and out is None:
+        raise InputError("--resume goes on with an output; got no --out; name one, or drop it")
+    replacing = {"resume": resume, "overwrite": overwrite}
     if out is not None and suffix == ".zarr":
         sequence = check_order(order or "request")
-        return opened, prepare_storing(planned, out, apply=function, order=sequence, overwrite=overwrite)
-    return opened, prepare_gathering(planned, apply=function, out=out, overwrite=overwrite)
+        return opened, prepare_storing(planned, out, apply=function, order=sequence, **replacing)
+    return opened, prepare_gathering(planned, apply=function, out=out, **replacing)
 
 
-def open_named(path: str, dtype: str | None, row_shape: str | None, dataset: str | None) -> Matrix:
-    """Open the matrix that a command line names, with those of the options that are given."""
-    options = {"dtype": dtype, "row_shape": parse_shape(row_shape), "dataset": dataset}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    return open_matrix(path, **given)
+def open_named(path: str, dtype: str | None, row_shape: str | None, dataset: str | None, **reading: Any) -> Matrix:
+    """Open the matrix that a command line names; `reading`: how `open_matrix` is to read it."""
+    return open_matrix(path, dtype=dtype, row_shape=parse_shape(row_shape), dataset=dataset, **reading)
 
 
 def _load_function(name: str) -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -175,22 +175,25 @@ def load_starts(path: str | Path) -> NDArray[Any]:
     OpenError
         If it cannot be parsed; a pickled `.npy` is never loaded.
     """
-    if str(path) == "-":
-        return _parse_starts(sys.stdin.read(), "standard input")
+    name = "standard input" if str(path) == "-" else str(path)
     path = Path(path)
-    if not os.path.lexists(path):
+    if str(path) != "-" and not os.path.lexists(path):
         raise NotFoundError(f"starts come from a file that is there; nothing is at {path}; check the path")
     try:
-        if path.suffix == ".npy":
-            with path.open("rb") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError, EOFError) as error:
+        if str(path) == "-":
+            # None where it is closed.
+            text = "" if sys.stdin is None else sys.stdin.read()
+        elif path.suffix == ".npy":
+            # Mapped first: reading would allocate whatever the header of a file says that was cut.
+            return np.array(np.lib.format.open_memmap(path, mode="r"))
+        else:
+            text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OpenError(
-            f"starts come from a .npy or a text file; {path} cannot be read: {reason}; write it anew"
+            f"starts come from a .npy or a text file; {name} cannot be read: {reason}; write it anew"
         ) from error
-    return _parse_starts(text, str(path))
+    return _parse_starts(text, name)
 
 
 def _parse_starts(text: str, name: str) -> NDArray[Any]:

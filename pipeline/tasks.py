@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import traceback
 import uuid
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from dask import delayed
 
-from pipeline.errors import InputError, IntegrityError, PipelineError
+from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
 from pipeline.readers import choose_reader
-from pipeline.sources import is_numeric
+from pipeline.sizes import count_of
+from pipeline.sources import check_decodable, is_numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -23,9 +26,11 @@ if TYPE_CHECKING:
 
     from pipeline.plan import Order, Plan, Task
     from pipeline.readers import Reader
+    from pipeline.record import FileRecord
 
 type Apply = Callable[[NDArray[Any]], NDArray[Any]]
-"""A function of one block (k, length, *row_shape), read-only, that returns (k, ...), each window for itself."""
+"""A function of one block (k, length, *row_shape), read-only, that returns (k, ...), each window for itself, in memory
+that it does not use again. Threads may call it side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,10 @@ class Receipt:
     decode_seconds: float = 0.0
     apply_seconds: float = 0.0
     write_seconds: float = 0.0
+    nonfinite: int = 0
+    """Values that `apply` gave and that are NaN or infinite."""
+    files: tuple[FileRecord, ...] = ()
+    """What it wrote, read back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,8 @@ class Work:
 
 def prepare_work(plan: Plan, apply: Apply | None) -> Work:
     """Gather what tasks share; `apply` is probed on the first window, so that its result's shape is known."""
+    if plan.matrix.array is not None and plan.matrix.layout.reader == "decoded":
+        check_decodable(plan.matrix.array, plan.matrix.path)
     reader = choose_reader(plan.matrix, row=int(plan.starts[0]))
     result = BlockShape(plan.window_shape, plan.matrix.dtype)
     work = Work(reader, plan.length, plan.window_shape, plan.matrix.dtype, None, result)
@@ -79,37 +90,93 @@ def prepare_work(plan: Plan, apply: Apply | None) -> Work:
         raise InputError(f"apply is a function of one block; got {apply!r}; give a callable")
     block = np.empty((1, *plan.window_shape), plan.matrix.dtype)
     reader.read_windows(plan.starts[:1], plan.length, block, np.zeros(1, np.int64))
-    probed = call_apply(apply, block, int(plan.starts[0]))
+    probed = call_apply(apply, block, int(plan.starts[0]), 0)
     if not is_numeric(probed.dtype) or not probed.size:
         raise IntegrityError(
             f"apply returns numbers of at most 64 bits a component; for the first window it gave {probed.dtype} of "
             f"shape {probed.shape[1:]}; convert them"
         )
-    result = BlockShape(probed.shape[1:], probed.dtype)
-    return Work(reader, plan.length, plan.window_shape, plan.matrix.dtype, apply, result)
+    return replace(work, apply=apply, result=BlockShape(probed.shape[1:], probed.dtype.newbyteorder("=")))
 
 
-def call_apply(apply: Apply, block: NDArray[Any], start: int) -> NDArray[Any]:
-    """Call `apply` on a read-only view of a block (k, ...); IntegrityError unless it returns (k, ...)."""
-    view = block.view()
-    view.flags.writeable = False
+def call_apply(apply: Apply, block: NDArray[Any], start: int, place: int) -> NDArray[Any]:
+    """Call `apply` on a view of a block (k, ...), which is read-only from then on, and return the (k, ...) it gives.
+
+    Parameters
+    ----------
+    start, place
+        Of the block's first window, for messages.
+
+    Raises
+    ------
+    IntegrityError
+        If it raises, leaves by `sys.exit`, or returns anything but one plain entry a window.
+    BudgetError
+        If it runs out of memory.
+    """
+    windows = f"{count_of(len(block), 'window')}, the first at row {start} (place {place})"
+    # A view of an array that can be written to could be unlocked.
+    block.flags.writeable = False
     try:
-        returned = apply(view)
+        returned = apply(block.view())
         made = np.asarray(returned)
-    except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise IntegrityError(
-            f"apply takes any block; on {len(block)} windows, the first at row {start}, it raised "
-            f"{type(error).__name__}: {reason}; mend it"
-        ) from error
+    except BaseException as error:
+        if not isinstance(error, Exception | SystemExit) and threading.current_thread() is threading.main_thread():
+            raise  # A signal; in any other thread only `apply` itself can have raised it.
+        words = _words(error)
+        if isinstance(error, MemoryError):
+            raise BudgetError(f"apply fits the memory; on {windows}, it raised {words}; let it hold less") from error
+        way_out = "let it copy what it changes" if "read-only" in words or "WRITEABLE" in words else "mend it"
+        raise IntegrityError(f"apply takes any block, read-only; on {windows}, it raised {words}; {way_out}") from error
     if isinstance(returned, np.ma.MaskedArray):
-        raise IntegrityError(f"apply returns plain arrays; windows from row {start} gave a masked one; fill it")
+        raise IntegrityError(f"apply returns plain arrays; for {windows}, it gave a masked one; fill it")
     if made.ndim < 1 or len(made) != len(block):
         raise IntegrityError(
-            f"apply returns one entry a window; for a block of {len(block)} windows, the first at row {start}, it gave "
-            f"shape {made.shape}; keep the first axis"
+            f"apply returns one entry a window; for {windows}, it gave shape {made.shape}; keep the first axis"
         )
     return made
+
+
+def cast_result(made: NDArray[Any], result: BlockShape, start: int, place: int) -> NDArray[Any]:
+    """Give what `apply` made of a block the shape and dtype of the first window's result, or refuse it.
+
+    The shape must be the same: nothing is broadcast. The dtype may differ by one of NumPy's `same_kind` casts in which
+    no value is lost: whole numbers must lie in the range that the other dtype holds exactly, finite numbers must
+    stay finite. Floats may be rounded.
+
+    Raises
+    ------
+    IntegrityError
+        Naming the two, and the value that would be lost.
+    """
+    rule = (
+        f"apply returns the same shape and dtype for every block; the first window gave {result.shape} {result.dtype}, "
+        f"windows from row {start} (place {place})"
+    )
+    if made.shape[1:] != result.shape or not np.can_cast(made.dtype, result.dtype, "same_kind"):
+        raise IntegrityError(f"{rule} {made.shape[1:]} {made.dtype}; mend it")
+    if made.dtype == result.dtype:
+        return made
+    with np.errstate(over="ignore"):
+        cast = made.astype(result.dtype)
+    if (lost := _lost_value(made, cast)) is not None:
+        raise IntegrityError(f"{rule} {made.dtype} with {lost}, which {result.dtype} does not hold; convert them all")
+    return cast
+
+
+def _lost_value(made: NDArray[Any], cast: NDArray[Any]) -> Any:
+    """Return a value that a `same_kind` cast has changed by more than rounding, or None."""
+    if made.dtype.kind in "iu":
+        if cast.dtype.kind in "iu":
+            lowest, highest = int(np.iinfo(cast.dtype).min), int(np.iinfo(cast.dtype).max)
+        else:
+            highest = 2 ** (np.finfo(cast.dtype).nmant + 1)
+            lowest = -highest
+        return next((each for each in (int(made.min()), int(made.max())) if not lowest <= each <= highest), None)
+    if made.dtype.kind not in "fc":
+        return None
+    lost = np.isfinite(made) & ~np.isfinite(cast)
+    return made[lost][0] if lost.any() else None
 
 
 def read_windows(work: Work, task: Task, out: NDArray[Any], places: NDArray[np.int64]) -> Receipt:
@@ -130,18 +197,31 @@ def make_block(work: Work, task: Task) -> tuple[NDArray[Any], Receipt]:
     if work.apply is None:
         return block, receipt
     begin = time.perf_counter()
+    start, place = int(task.starts[0]), int(task.places[0])
     try:
-        made = call_apply(work.apply, block, int(task.starts[0]))
-        # Only a cast that keeps every value: the first window's dtype is that of the whole result.
-        if made.shape[1:] != work.result.shape or not np.can_cast(made.dtype, work.result.dtype, "safe"):
-            raise IntegrityError(
-                f"apply returns the same shape and dtype for every block; the first window gave {work.result.shape} "
-                f"{work.result.dtype}, windows from row {task.starts[0]} {made.shape[1:]} {made.dtype}; mend it"
-            )
+        made = cast_result(call_apply(work.apply, block, start, place), work.result, start, place)
     except PipelineError as error:
         raise _name_task(error, task) from error.__cause__
-    made = made.astype(work.result.dtype, copy=False)
-    return made, replace(receipt, apply_seconds=time.perf_counter() - begin)
+    nonfinite = made.size - int(np.count_nonzero(np.isfinite(made))) if made.dtype.kind in "fc" else 0
+    return made, replace(receipt, apply_seconds=time.perf_counter() - begin, nonfinite=nonfinite)
+
+
+def check_apply_travels(work: Work) -> None:
+    """Raise InputError where `apply` cannot be sent to worker processes."""
+    import cloudpickle
+
+    try:
+        cloudpickle.dumps(work.apply)
+    except Exception as error:  # what is pickled raises what it likes
+        raise InputError(
+            f"apply is sent to worker processes; it cannot be pickled: {_words(error)}; make what it needs inside of "
+            "it, or set processes: false"
+        ) from error
+
+
+def _words(error: BaseException) -> str:
+    """Name and words of what somebody else's code raised, on one line; even `str` of it may fail."""
+    return " ".join("".join(traceback.format_exception_only(error)).split())[:300]
 
 
 def _name_task(error: PipelineError, task: Task) -> PipelineError:
@@ -196,13 +276,44 @@ def check_order(order: str) -> Order:
     raise InputError(f"order is chunk or request; got {order!r}; choose one")
 
 
+def call_task[**P, T](function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+    """Call a task's function, and cut off causes of its failure that cannot be pickled.
+
+    With them Dask would deliver a bare `Exception` in place of the failure, which then has lost its exit code.
+    """
+    try:
+        return function(*arguments, **keywords)
+    except PipelineError as error:
+        if not _causes_travel(error):
+            error.__cause__ = error.__context__ = None
+        raise
+
+
+def _causes_travel(error: BaseException) -> bool:
+    """Whether every exception that led to this one can be pickled, and be made of that again."""
+    import cloudpickle
+
+    waiting, seen = [error.__cause__, error.__context__], [error]
+    while waiting:
+        cause = waiting.pop()
+        if cause is None or any(cause is each for each in seen):
+            continue
+        seen.append(cause)
+        waiting += [cause.__cause__, cause.__context__]
+        try:
+            cloudpickle.loads(cloudpickle.dumps(cause))
+        except Exception:  # noqa: BLE001 (what is pickled raises what it likes)
+            return False
+    return True
+
+
 def name_tasks(stage: str, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Delayed]:
     """Make a Delayed for each tuple of arguments; their keys put them in one row of the dashboard, named by stage."""
     run = uuid.uuid4().hex[:8]
     # Dask looks through the arguments of a call for what it should compute first, and takes dataclasses apart for it,
     # a millisecond each: bound to the function beforehand they stay whole.
     return [
-        delayed(partial(function, *each), name=f"{stage}-call-{run}-{number}", pure=False, traverse=False)(
+        delayed(partial(call_task, function, *each), name=f"{stage}-call-{run}-{number}", pure=False, traverse=False)(
             dask_key_name=(f"{stage}-{run}", number)
         )
         for number, each in enumerate(arguments)

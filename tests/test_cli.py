@@ -70,12 +70,13 @@ def test_create(cli, samples, values, tmp_path):
         "nbytes_read": values.nbytes,
         "tasks": 4,
     }
-    assert set(numbers) == {"path", "shape", "dtype", "nbytes", "nbytes_read", "tasks", *RUN_NUMBERS}
+    assert set(numbers) == {"path", "shape", "dtype", "nbytes", "nbytes_read", "tasks", *RESUMED, *RUN_NUMBERS}
     assert said.err == f"dashboard: {numbers['dashboard']}\n"
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "A.zarr", mode="r")[:], values)
     assert [path.name for path in tmp_path.iterdir()] == ["A.zarr"]
 
 
+RESUMED = {"tasks_kept", "finished_before"}
 RUN_NUMBERS = {
     *(f"{stage}_seconds" for stage in ("plan", "startup", "work", "read", "decode", "apply", "write")),
     "seconds",
@@ -233,7 +234,16 @@ def test_run_to_npy(cli, matrix, values, tmp_path):
     numbers = said.numbers
     expected = {"matrix": str(matrix), "windows": 5, "length": 16, "out": "w.npy", "result_shape": [5, 16, 20]}
     assert {key: numbers[key] for key in expected} == expected
-    counts = {"nbytes_delivered", "nbytes_read", "amplification", "crossings", "tasks"}
+    counts = {
+        *RESUMED,
+        "checked_reads",
+        "nbytes_delivered",
+        "nbytes_read",
+        "amplification",
+        "crossings",
+        "nonfinite",
+        "tasks",
+    }
     assert set(numbers) == {*expected, *counts, *RUN_NUMBERS, "limit", "shares"}
     assert numbers["limit"] in {"storage", "decode", "apply", "write", "Dask", "unknown"}
     assert sum(numbers["shares"].values()) == pytest.approx(1)
@@ -316,7 +326,7 @@ def test_exit_codes(cli, matrix, monkeypatch, kind):
     error = kind("rule;\nwhat was got; the way out")
     error.add_note("task 3")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("pipeline.request.open_matrix", fail)
@@ -326,7 +336,7 @@ def test_exit_codes(cli, matrix, monkeypatch, kind):
 
 
 def test_bug_of_ours(cli, matrix, monkeypatch):
-    monkeypatch.setattr("pipeline.request.open_matrix", lambda _: 1 / 0)
+    monkeypatch.setattr("pipeline.request.open_matrix", lambda *_, **__: 1 / 0)
     said = cli("info", matrix)
     assert (said.code, said.out, said.err.count("\n")) == (1, "", 1)
     assert said.err.startswith("error: a bug of ours; ZeroDivisionError")

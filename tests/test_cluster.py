@@ -128,6 +128,7 @@ def test_two_processes(capfd):
         assert client.run(os.getpid) == now
     assert not {pid for pid in now.values() if Path(f"/proc/{pid}").exists()}
     assert listening() == sockets
+    assert not [name for name in os.environ if name.startswith("DASK_LOGGING")]
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
@@ -181,6 +182,13 @@ def test_dask_settings_are_merged_and_restored(write, monkeypatch):
         expected = {"no-workers-timeout": "5 minutes", "allowed-failures": 7, "worker-ttl": "17 s"}
         assert inside["scheduler"] == before["scheduler"] | expected
         assert inside["worker"] == before["worker"]
+
+
+def test_tasks_do_not_wait_for_workers_without_end(write):
+    path = write("version: 1\ndistributed: {scheduler: {no-workers-timeout: 7 s}}\n")
+    for given, seconds in ((None, 300), (path, 7)):
+        with connect(given, dashboard_address=None) as client:
+            assert client.cluster.scheduler.no_workers_timeout == seconds
 
 
 def test_port_that_is_taken(capfd):
