@@ -56,10 +56,15 @@ class Guard:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.interruption is not None:
-            # The interpreter's own end may take long, too: stay on guard.
-            return
+    def __exit__(self, _kind: object, error: BaseException | None, _where: object) -> None:
+        if self.interruption is not None and isinstance(error, SystemExit):
+            # All is in order. The interpreter's own end may take long, and would be by the signal itself, not by an
+            # exit code, where that came while some library called `exec`.
+            kill_workers()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):
+                    stream.flush()
+            os._exit(error.code if isinstance(error.code, int) else 1)
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -111,6 +111,16 @@ class TestWorkers:
         np.testing.assert_array_equal(result["windows"][:], sums, strict=True)
         two_processes.wait_for_workers(2, timeout=60)
 
+    def test_one_that_leaves_is_replaced(self, two_processes):
+        """Its nanny goes with it."""
+        before = set(two_processes.scheduler_info(n_workers=-1)["workers"])
+        leaves = min(before)
+        two_processes.retire_workers([leaves])
+        while leaves in two_processes.scheduler_info(n_workers=-1)["workers"]:
+            os.sched_yield()
+        two_processes.wait_for_workers(2, timeout=30)
+        assert len(set(two_processes.scheduler_info(n_workers=-1)["workers"]) - before) == 1
+
     def test_a_task_that_kills_is_named_and_the_rest_is_kept(self, two_processes, plan, sums, tmp_path):
         """Its companions die with it: they are not to blame."""
         flag, path = tmp_path / "flag", tmp_path / "w.zarr"
@@ -155,7 +165,7 @@ class TestWorkers:
 @pytest.mark.timeout(300)
 def test_workers_killed_at_random(plan, sums, tmp_path):
     kwargs = {"n_workers": 2, "processes": True, "threads_per_worker": 1, "dashboard_address": None}
-    with connect(**kwargs) as client:
+    with dask.config.set({"distributed.scheduler.allowed-failures": 3}), connect(**kwargs) as client:
         client.register_plugin(KillWorker("2 s"))
         before = set(client.run(os.getpid).values())
         rounds, end = 0, time.monotonic() + 30
