@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _EPILOG = (
     "Exit codes: 0 done; 1 a bug of ours; 2 bad input; 3 cannot open or connect; 4 data integrity; 5 memory or disk; "
-    "6 incomplete; 7 output exists; 130, 143 interrupted. The environment variable PIPELINE_NAME sets an option, "
+    "6 incomplete, --resume goes on; 7 output exists; 130, 143 interrupted. The environment variable PIPELINE_NAME sets an option, "
     "such as PIPELINE_MEMORY=8GB; not so --out, --overwrite, --order, --dry-run and those that shape the report."
 )
 

@@ -78,6 +78,9 @@ _MOST_KILLERS = 4
 """The same where each task had its worker for itself."""
 _MOST_SUBMITTED = 2000
 """Tasks that the scheduler is told of at once: enough that none waits, and that its memory stays small."""
+_TOGETHER = 16
+"""Tasks, or four a thread, that a scheduler of Dask's own computes in one go: it gives their results when all are done,
+so that a kill loses as many from the journal."""
 _SUBMITTED_TOGETHER = 8
 """Tasks of one graph."""
 _OWN_NBYTES = 64 * MIB
@@ -233,7 +236,7 @@ def run_tasks(tasks: list[Delayed], *, at_once: int, results_travel: bool = Fals
         return
     waiting = iter(tasks)
     limited = {"num_workers": at_once} if at_once < threads else {}
-    while batch := list(islice(waiting, window)):
+    while batch := list(islice(waiting, min(window, max(_TOGETHER, 4 * threads)))):
         done: dict[Any, Any] = {}
         try:
             with Callback(posttask=lambda key, result, *_, done=done: done.update({key: result})):
