@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     )
     from pipeline.matrix import Matrix, open_matrix
     from pipeline.plan import Plan, plan_windows
+    from pipeline.recording import write_manifest
     from pipeline.starts import draw_starts
     from pipeline.tasks import build_tasks
-    from pipeline.verification import verify, write_manifest
+    from pipeline.verification import verify
     from pipeline.writeback import store
 
 _HOMES = {
@@ -48,7 +49,7 @@ _HOMES = {
     "plan_windows": "plan",
     "store": "writeback",
     "verify": "verification",
-    "write_manifest": "verification",
+    "write_manifest": "recording",
 }
 
 __all__ = [

@@ -12,7 +12,6 @@ import gc
 import io
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,7 +24,18 @@ import click
 
 from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError
 from pipeline.signals import Guard, Terminated
-from pipeline.sizes import count_of, format_size
+from pipeline.sizes import count_of
+from pipeline.wording import (
+    Measures,
+    add_measures,
+    align_facts,
+    report_creation,
+    report_dry_run,
+    report_matrix,
+    report_plan,
+    report_run,
+    say_problems,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,13 +47,10 @@ if TYPE_CHECKING:
 
 _EPILOG = (
     "Exit codes: 0 done; 1 a bug of ours; 2 bad input; 3 cannot open or connect; 4 data integrity; 5 memory or disk; "
-    "6 incomplete, --resume goes on; 7 output exists; 130, 143 interrupted. The environment variable PIPELINE_NAME sets an option, "
-    "such as PIPELINE_MEMORY=8GB; not so --out, --overwrite, --order, --dry-run and those that shape the report."
+    "6 incomplete, --resume goes on; 7 output exists; 130, 143 interrupted. "
+    "The environment variable PIPELINE_NAME sets an option, such as PIPELINE_MEMORY=8GB; "
+    "not so --out, --overwrite, --order, --dry-run and those that shape the report."
 )
-
-
-_MOST_SHOWN = 20
-"""Problems that `verify` says in words."""
 
 
 class _Option(click.Option):
@@ -149,9 +156,9 @@ def _explain(error: BaseException) -> tuple[int, str]:  # noqa: PLR0911 (a table
             verb = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pipeline"
             return 2, f"the command line; {error.format_message().rstrip('.')}; see {verb} --help"
         case KeyboardInterrupt() | click.Abort():
-            return 130, "; ".join(["interrupted", *(notes or ["nothing was kept; run it again"])])
+            return 130, "; ".join(["interrupted", *(notes or ["no task was finished; run it again"])])
         case Terminated():
-            return 143, "; ".join(["terminated", *(notes or ["nothing was kept; run it again"])])
+            return 143, "; ".join(["terminated", *(notes or ["no task was finished; run it again"])])
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             text = f"an output fits its disk; {error.filename or 'standard output'}: {error.strerror}; free some"
             return 5, "; ".join([text, *notes])
@@ -283,17 +290,8 @@ def create(
             overwrite=overwrite,
             **settings,
         )
-    free = _free_nbytes(creation.dest.parent)
     if dry_run:
-        costs = {
-            "nbytes_read": creation.nbytes_read,
-            "nbytes_written": creation.nbytes_written,
-            "files": creation.files,
-            "tasks": creation.tasks,
-            "task_nbytes": creation.task_nbytes,
-            "disk_free": free,
-        }
-        _report(creation.facts() | {"disk": f"{format_size(free)} free"}, costs, as_json=as_json)
+        _report(*report_dry_run(creation), as_json=as_json)
         return
     ready = time.perf_counter()
     with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
@@ -301,21 +299,8 @@ def create(
         with _shown("rows", quiet=quiet) as watch:
             matrix = creation.run(watch)
         ended = time.perf_counter()
-    numbers = {
-        "path": matrix.path,
-        "shape": list(matrix.shape),
-        "dtype": matrix.dtype.name,
-        "nbytes": matrix.nbytes,
-        "nbytes_read": watch.nbytes_read,
-        "tasks": watch.done_tasks,
-        "tasks_kept": watch.kept_tasks,
-        "finished_before": watch.tasks == 0,
-        **_seconds(watch, begin, ready, started, ended),
-        "bytes_per_second": matrix.nbytes / (ended - started),
-        "peak_memory": peak.nbytes,
-        "dashboard": link,
-    }
-    _report(matrix.facts() | _resumed(watch) | _run_facts(numbers), numbers, as_json=as_json)
+    measures = Measures(begin, ready, started, ended, peak.nbytes, link)
+    _report(*report_creation(matrix, watch, measures), as_json=as_json)
 
 
 @cli.command()
@@ -335,46 +320,7 @@ def info(
         from pipeline.request import open_named
 
         opened = open_named(matrix, dtype, row_shape, dataset)
-    length = opened.check_length(length)
-    layout = opened.layout
-    wanted = length * opened.row_nbytes
-    nbytes_read = wanted
-    if layout.reader == "decoded":
-        # A window at a random start touches 1 + (length - 1) / chunk_rows chunks on average.
-        nbytes_read = round((1 + (length - 1) / layout.chunk_rows) * layout.chunk_rows * opened.row_nbytes)
-    present, total, stored = opened.count_files()
-    numbers = {
-        "path": opened.path,
-        "shape": list(opened.shape),
-        "dtype": opened.dtype.name,
-        "byteorder": layout.byteorder,
-        "chunk_rows": layout.chunk_rows,
-        "shard_rows": layout.shard_rows,
-        "codecs": list(layout.codecs),
-        "reader": layout.reader,
-        "files_present": present,
-        "files": total,
-        "nbytes": opened.nbytes,
-        "nbytes_stored": stored,
-        "length": length,
-        "window_nbytes": wanted,
-        "window_nbytes_read": nbytes_read,
-        "window_amplification": nbytes_read / wanted,
-        "parts": None if opened.parts is None else opened.parts.tolist(),
-    }
-    kind = "shards" if layout.shard_rows else "chunks" if opened.array is not None else "files"
-    facts = opened.facts() | {
-        "present": f"{present:,} of {total:,} {kind}",
-        "on disk": f"{format_size(stored)} ({stored / opened.nbytes:.2f} of the size in memory)",
-        f"a window of {length}": f"{format_size(wanted)}, reads {format_size(nbytes_read)} on average, "
-        f"amplification {nbytes_read / wanted:.2f}",
-    }
-    if opened.array is None:
-        facts["create"] = (
-            f"would add checksums for every 64 KiB, compression and object stores, for {format_size(opened.nbytes)} "
-            f"of disk before compression; for windows alone it does not pay: they cost the same bytes in place"
-        )
-    _report({"matrix": opened.path, **facts}, numbers, as_json=as_json)
+    _report(*report_matrix(opened, opened.check_length(length)), as_json=as_json)
 
 
 @cli.command()
@@ -386,36 +332,7 @@ def plan(*, as_json: bool, **arguments: Any) -> None:
     """
     with _loading(), _foreign_output_diverted():
         _, sink = _prepare(**arguments)
-    planned, peak = sink.plan, sink.footprint().peak_nbytes
-    numbers: dict[str, Any] = {
-        "windows": len(planned),
-        "length": planned.length,
-        "nbytes_wanted": planned.nbytes,
-        "result_shape": list(sink.shape),
-        "result_nbytes": sink.nbytes,
-        "crossings": planned.crossings(),
-        "orders": {
-            cost.order: {
-                "tasks": cost.tasks,
-                "chunks": cost.chunks,
-                "nbytes_read": cost.nbytes_read,
-                "amplification": cost.amplification,
-                "spans": cost.scratch_nbytes > 0,
-            }
-            for cost in (planned.chunk, planned.request)
-        },
-        "order": sink.cost.order,
-        "peak_memory": peak,
-        "disk_needed": 0,
-    }
-    facts = planned.facts() | {"this run": f"order {sink.cost.order}", "peak memory": f"about {format_size(peak)}"}
-    if isinstance(sink.out, Path):
-        free = _free_nbytes(sink.out.parent)
-        numbers |= {"disk_needed": sink.nbytes, "disk_free": free}
-        facts["disk"] = f"{format_size(sink.nbytes)} for {sink.out}; {format_size(free)} free"
-    else:
-        facts["disk"] = "none: the array is not kept; name a file with --out"
-    _report(facts, numbers, as_json=as_json)
+    _report(*report_plan(sink), as_json=as_json)
 
 
 @cli.command()
@@ -430,7 +347,6 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
     begin = time.perf_counter()
     with _loading(), _foreign_output_diverted():
         from pipeline.memory import PeakMemory
-        from pipeline.report import name_limit, share_seconds
         from pipeline.runs import active_client, count_threads
 
         matrix, sink = _prepare(**arguments)
@@ -445,56 +361,9 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
         with _shown("windows", quiet=quiet) as watch:
             sink.run(watch)
         ended = time.perf_counter()
-    planned = sink.plan
-    amplification = watch.nbytes_read / planned.nbytes
-    shares = share_seconds(watch)
-    limit, advice = name_limit(
-        watch,
-        threads=threads,
-        seconds=ended - started,
-        amplification=amplification,
-        repetition=sink.cost.nbytes_read / planned.chunk.nbytes_read,
-    )
-    numbers = {
-        "matrix": matrix.path,
-        "windows": len(planned),
-        "length": planned.length,
-        "out": None if sink.out is None else str(sink.out),
-        "result_shape": list(sink.shape),
-        "nbytes_delivered": sink.nbytes,
-        "nbytes_read": watch.nbytes_read,
-        "amplification": amplification,
-        "checked_reads": matrix.layout.checked,
-        "crossings": planned.crossings(),
-        "nonfinite": watch.nonfinite,
-        "tasks": watch.done_tasks,
-        "tasks_kept": watch.kept_tasks,
-        "finished_before": watch.tasks == 0,
-        **_seconds(watch, begin, ready, started, ended),
-        "shares": shares,
-        "limit": limit,
-        "bytes_per_second": planned.nbytes / (ended - started),
-        "peak_memory": peak.nbytes,
-        "dashboard": link,
-    }
-    shape = ", ".join(f"{size:,}" for size in sink.shape)
-    facts = {
-        "windows": f"{len(planned):,} of {planned.length:,} rows out of {matrix.path}",
-        "result": f"({shape}) {sink.work.result.dtype}, {format_size(sink.nbytes)}",
-        "kept": str(sink.out) if sink.out is not None else "nothing; name a file with --out to keep the windows",
-        "read": f"{format_size(watch.nbytes_read)}, amplification {amplification:.2f}",
-    }
-    facts["reads"] = "checked"
-    if not matrix.layout.checked:
-        way_out = "--check-reads does" if matrix.layout.checksums else f"{matrix.path} has no checksums"
-        facts["reads"] = f"not checked; {way_out}"
-    if matrix.parts is not None and not arguments["within"]:
-        facts["crossings"] = f"{planned.crossings():,} windows cross the border of two parts"
-    if watch.nonfinite:
-        facts["not finite"] = f"{count_of(watch.nonfinite, 'value')} of the result: NaN or infinite"
-    facts["limit"] = f"{limit}; {advice}" if advice else limit
-    facts["shares"] = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
-    _report(facts | _resumed(watch) | _run_facts(numbers), numbers, as_json=as_json)
+    measures = Measures(begin, ready, started, ended, peak.nbytes, link)
+    report = report_run(matrix, sink, watch, measures, threads=threads, within=arguments["within"])
+    _report(*report, as_json=as_json)
 
 
 @cli.command()
@@ -526,7 +395,8 @@ def verify(
     begin = time.perf_counter()
     with _loading():
         from pipeline.memory import PeakMemory
-        from pipeline.verification import parse_subset, prepare_recording, prepare_verification
+        from pipeline.recording import prepare_recording
+        from pipeline.verification import parse_subset, prepare_verification
 
         if write_manifest is None:
             share = 1.0 if subset is None else parse_subset(subset)
@@ -546,23 +416,16 @@ def verify(
             else:
                 recording.run(watch)
         ended = time.perf_counter()
-    facts, numbers = (checking if write_manifest is None else recording).report(watch, problems)
-    numbers |= {
-        "tasks": watch.done_tasks,
-        **_seconds(watch, begin, ready, started, ended),
-        "bytes_per_second": watch.nbytes_read / (ended - started),
-        "peak_memory": peak.nbytes,
-        "dashboard": link,
-    }
+    measures = Measures(begin, ready, started, ended, peak.nbytes, link)
+    report = checking.report(watch, problems) if write_manifest is None else recording.report(watch)
+    facts, numbers = add_measures(report, watch, measures)
     if not (problems and as_json):
-        _report(facts | _run_facts(numbers), numbers, as_json=as_json)
+        _report(facts, numbers, as_json=as_json)
     if not problems:
         return
     if not as_json:
-        for problem in problems[:_MOST_SHOWN]:
-            click.echo(" ".join(str(problem).split()))
-        if len(problems) > _MOST_SHOWN:
-            click.echo(f"and {len(problems) - _MOST_SHOWN:,} more; --json lists all")
+        for line in say_problems(problems):
+            click.echo(line)
     wrong = f"{numbers['wrong_files']:,} of {count_of(numbers['files'], 'file')} are wrong"
     raise _WrongError(f"stored bytes are what was written; those of {target} are not; {wrong}", numbers)
 
@@ -679,53 +542,6 @@ def _shown(unit: str, *, quiet: bool) -> Iterator[Watch]:
         yield watch
 
 
-def _seconds(watch: Watch, begin: float, ready: float, started: float, ended: float) -> dict[str, float]:
-    """Seconds of the wall clock by stage; reading, applying and writing are summed over tasks that run side by side."""
-    return {
-        "seconds": ended - begin,
-        "plan_seconds": ready - begin,
-        "startup_seconds": started - ready,
-        "work_seconds": ended - started,
-        "read_seconds": watch.read_seconds,
-        "decode_seconds": watch.decode_seconds,
-        "apply_seconds": watch.apply_seconds,
-        "write_seconds": watch.write_seconds,
-    }
-
-
-def _resumed(watch: Watch) -> dict[str, str]:
-    """Say what an earlier run had done of this one."""
-    if not watch.tasks:
-        return {"resumed": "nothing was left to do: the output of this very request is there, finished"}
-    return (
-        {"resumed": f"{watch.kept_tasks:,} of {count_of(watch.tasks, 'task')} were finished before"}
-        if (watch.kept_tasks)
-        else {}
-    )
-
-
-def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
-    stages = {"open and plan": "plan", "start the cluster": "startup", "work": "work"}
-    clock = ", ".join(f"{word} {numbers[f'{key}_seconds']:.2f}" for word, key in stages.items())
-    tasks = ", ".join(f"{word} {numbers[f'{word}_seconds']:.2f}" for word in ("read", "decode", "apply", "write"))
-    return {
-        "seconds": f"{numbers['seconds']:.2f}: {clock}",
-        "in tasks": f"{count_of(numbers['tasks'], 'task')}, summed seconds: {tasks}",
-        "rate": f"{numbers['bytes_per_second'] / 1e6:,.0f} MB/s",
-        "peak memory": format_size(numbers["peak_memory"]),
-        "dashboard": f"{numbers['dashboard'] or 'none'} while it ran",
-    }
-
-
-def _free_nbytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
 def _report(facts: dict[str, str], numbers: dict[str, Any], *, as_json: bool) -> None:
     """Print what a verb found: words in two columns, or one JSON object."""
-    if as_json:
-        click.echo(json.dumps(numbers))
-        return
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        click.echo(f"{key:<{width}}  {value}")
+    click.echo(json.dumps(numbers) if as_json else align_facts(facts))

@@ -12,7 +12,8 @@ import numpy as np
 
 from pipeline.cluster import check_client
 from pipeline.errors import InputError, IntegrityError
-from pipeline.journal import Request, digest_array, name_function
+from pipeline.identity import name_function
+from pipeline.journal import Request, digest_array
 from pipeline.npy import create_npy, map_npy, mark_npy, reopen_npy
 from pipeline.readers import check_files
 from pipeline.record import record_entries

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.arrays import read_present
 from pipeline.decoders import chunk_decoder, fill_value
 from pipeline.errors import IntegrityError
 from pipeline.layout import Files
 from pipeline.plan import GAP_NBYTES, READ_NBYTES
 from pipeline.preads import Reading, announce, open_file, read_fully
-from pipeline.sources import read_present
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

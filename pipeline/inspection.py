@@ -12,13 +12,12 @@ import google_crc32c
 import numpy as np
 
 from pipeline.chunks import CHECKSUM_NBYTES, ShardIndex
-from pipeline.errors import IntegrityError, OpenError
+from pipeline.errors import IntegrityError
 from pipeline.layout import read_layout
 from pipeline.storage import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
     import zarr
 
@@ -175,17 +174,6 @@ def describe_arrays(node: zarr.Array[Any] | zarr.Group) -> tuple[dict[str, Store
     members = [("", node)] if isinstance(node, zarr.Array) else list(node.members(max_depth=None))
     arrays = {name: StoredArray.describe(member, name) for name, member in members if isinstance(member, zarr.Array)}
     return {name: each for name, each in arrays.items() if each}, [name for name, each in arrays.items() if not each]
-
-
-def open_node(folder: Path) -> zarr.Array[Any] | zarr.Group:
-    """Open the Zarr array or group in a folder; OpenError where there is none."""
-    import zarr
-
-    try:
-        return zarr.open(store=folder.absolute(), mode="r")
-    except Exception as error:  # zarr raises what its parsers raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise OpenError(f"Zarr metadata are readable; {folder}: {reason}; restore them") from error
 
 
 def merge_runs(runs: Iterable[tuple[int, int]]) -> Runs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from pipeline.record import FileRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -37,18 +36,6 @@ class Request:
         """Names of the facts that another request has otherwise, or lacks, or has beside these."""
         other = facts if isinstance(facts, dict) else {}
         return sorted(name for name in {*self.facts, *other} if self.facts.get(name) != other.get(name))
-
-
-def name_function(function: Callable[..., Any] | None) -> str:
-    """Name a function, and digest what can be told of its code, so that another one is told apart from it."""
-    if function is None:
-        return "none"
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    try:
-        code = inspect.getsource(function).encode()
-    except (OSError, TypeError):
-        code = getattr(getattr(function, "__code__", None), "co_code", b"")
-    return f"{name} {hashlib.sha256(code).hexdigest()[:16]}"
 
 
 def digest_array(array: NDArray[Any]) -> str:

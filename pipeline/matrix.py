@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline.arrays import open_array, reading_config
 from pipeline.errors import InputError, OpenError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
@@ -23,9 +24,7 @@ from pipeline.sources import (
     StackedSource,
     ZarrSource,
     is_numeric,
-    open_array,
     open_source,
-    reading_config,
     refuse_options,
     split_name,
 )

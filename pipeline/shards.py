@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline.arrays import FUSED_PIPELINE
 from pipeline.encoding import write_plain
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, PipelineError
 from pipeline.layout import Files, read_layout
 from pipeline.plan import BLOCK_NBYTES
 from pipeline.record import record_file
-from pipeline.sources import FUSED_PIPELINE
 from pipeline.staging import sync_path
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -93,6 +94,8 @@ class Guard:
             self.interruption = _interruption(number)
             # Raised where nothing may be raised, such as in a finalizer, it would be printed, and lost.
             sys.unraisablehook = lambda _: None
+            # What libraries log while they are closed, or after, is no news.
+            logging.disable(logging.CRITICAL)
             raise self.interruption
 
     def _watch(self) -> None:

@@ -6,18 +6,16 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipeline import hdf5
-from pipeline.errors import BudgetError, InputError, IntegrityError, NotFoundError, OpenError
+from pipeline.arrays import check_decodable, count_nbytes, open_array, read_present, reading_config
+from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.files import FileStamp, check_rows, read_runs
-from pipeline.memory import budget
-from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     import zarr
@@ -25,15 +23,11 @@ if TYPE_CHECKING:
 
 RANDOM_ROWS = 1024
 """Rows that one key of the random generator serves; the values depend on it."""
-FUSED_PIPELINE = "zarr.core.codec_pipeline.FusedCodecPipeline"
-"""The codec pipeline of zarr that works in the calling thread; about 1.7 times as fast here as its default."""
 
 _HDF5_SUFFIXES = {".h5", ".hdf5", ".he5", ".nc"}
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _NPY_MAGIC = b"\x93NUMPY"
 _RANDOM = "random:"
-_LISTED = 10
-"""Names that an error lists at most."""
 
 
 class Source(Protocol):
@@ -468,74 +462,7 @@ def _open_zarr(array: zarr.Array[Any], options: _Options) -> ZarrSource:
     axis = _check_array(name, array.shape, np.dtype(array.dtype), options.axis)
     array = reading_config(array)
     chunk_rows = min(check_decodable(array, name)[axis], array.shape[axis])
-    return ZarrSource(array, axis, chunk_rows, _count_bytes(array))
-
-
-def check_decodable(array: zarr.Array[Any], name: str) -> tuple[int, ...]:
-    """Return the shape of what zarr decodes in one go, or raise BudgetError where that does not fit the memory.
-
-    Metadata may say anything: it is read before anything of that size is allocated.
-    """
-    # Codecs around a shard's own make zarr read the shard whole.
-    whole = not array.async_array.codec_pipeline.supports_partial_decode
-    try:
-        shape: tuple[int, ...] = (array.shards if whole else None) or array.chunks
-    except NotImplementedError:  # Chunks of several sizes: each is listed.
-        shape = tuple(map(max, array.write_chunk_sizes if whole else array.read_chunk_sizes))
-    nbytes, allowed = math.prod(shape) * np.dtype(array.dtype).itemsize, budget()
-    if nbytes > allowed.nbytes:
-        raise BudgetError(
-            f"a chunk is decoded whole; one of {name} takes {format_size(nbytes)}, {allowed.source} allows "
-            f"{format_size(allowed.nbytes)}; write the array anew in smaller chunks"
-        )
-    return shape
-
-
-def open_array(path: Path) -> zarr.Array[Any]:
-    """Open the Zarr array in a folder, for reading; the errors of `open_matrix`."""
-    import zarr
-
-    if not os.path.lexists(path):
-        raise NotFoundError(f"a matrix is there before it is opened; nothing is at {path}; check the path")
-    if not path.is_dir():
-        raise OpenError(f"a Zarr array is a folder; {path} is none; name another")
-    if not any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
-        raise OpenError(f"a Zarr array has a zarr.json or .zarray; {path} has neither; name a folder that has")
-    try:
-        node = zarr.open(store=path.absolute(), mode="r")
-    except Exception as error:  # zarr raises what its parsers raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise OpenError(f"Zarr metadata are readable; {path}: {reason}; restore them") from error
-    if isinstance(node, zarr.Array):
-        return node
-    names = sorted(name for name, member in node.members(max_depth=None) if isinstance(member, zarr.Array))
-    held = f"with the arrays {', '.join(names[:_LISTED])}" if names else "without arrays"
-    held += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    way_out = f"write {path / names[0]}" if names else "name another folder"
-    raise OpenError(f"a matrix is one Zarr array; {path} is a group {held}; {way_out}")
-
-
-def reading_config(array: zarr.Array[Any], *, fills: bool = False) -> zarr.Array[Any]:
-    """Let an array decode without an event loop, and raise where a key is absent, unless `fills` asks for fill values.
-
-    Zarr gives the fill value for what a shard leaves out, all the same.
-    """
-    import zarr
-
-    # An array takes its codec pipeline from the configuration in force when it is made, and keeps it when pickled.
-    with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
-        return array.with_config({"read_missing_chunks": fills})
-
-
-def _count_bytes(array: zarr.Array[Any]) -> int:
-    from zarr.storage import LocalStore
-
-    store = array.store_path.store
-    if not isinstance(store, LocalStore):
-        return array.nbytes_stored()
-    # The same number without a coroutine for each file.
-    folders = os.walk(store.root / array.store_path.path)
-    return sum(Path(folder, name).stat().st_size for folder, _, names in folders for name in names)
+    return ZarrSource(array, axis, chunk_rows, count_nbytes(array))
 
 
 def _open_random(text: str, options: _Options) -> RandomSource:
@@ -615,39 +542,3 @@ def _name(source: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def read_present(array: zarr.Array[Any], selection: tuple[slice, ...], *, checked: bool = False) -> NDArray[Any]:
-    """Read part of an array of `reading_config`, refusing inner chunks that its shards lack.
-
-    Zarr raises for a key that is absent, but gives the fill value for what a shard leaves out. What is there does not
-    depend on the fill value: where shards are involved, a second reading with another one tells.
-
-    Parameters
-    ----------
-    checked
-        Whether the shards' indexes were looked at already, so that one reading is enough.
-
-    Raises
-    ------
-    IntegrityError
-        If the two readings differ.
-    """
-    from zarr.codecs import ShardingCodec
-
-    block = np.asarray(array[selection])
-    codecs = getattr(array.metadata, "codecs", ())
-    if checked or not any(isinstance(codec, ShardingCodec) for codec in codecs):
-        return block
-    inner: Any = array.async_array
-    fill: Any = array.metadata.dtype.cast_scalar(0)
-    if np.asarray(array.fill_value).tobytes() == np.asarray(fill).tobytes():
-        fill = array.metadata.dtype.cast_scalar(1)
-    twin = copy(inner)
-    object.__setattr__(twin, "metadata", replace(inner.metadata, fill_value=fill))
-    if np.asarray(type(array)(twin)[selection]).tobytes() != block.tobytes():
-        raise IntegrityError(
-            f"every chunk is there; a shard of {array.store_path} leaves some out at {selection}; write it with "
-            "write_empty_chunks=True"
-        )
-    return block

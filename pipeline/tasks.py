@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from dask import delayed
 
+from pipeline.arrays import check_decodable
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
 from pipeline.readers import choose_reader
 from pipeline.sizes import count_of
-from pipeline.sources import check_decodable, is_numeric
+from pipeline.sources import is_numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, OutputExistsError
-from pipeline.inspection import Place, StoredArray, describe_arrays, open_node, say_runs
-from pipeline.manifest import RANGE_NBYTES, Checksums, Manifest
-from pipeline.matrix import local_folder
+from pipeline.arrays import open_node
+from pipeline.errors import InputError, IntegrityError, OpenError
+from pipeline.inspection import Place, StoredArray, describe_arrays, say_runs
+from pipeline.manifest import Manifest
+from pipeline.ranges import Range, cut_file, read_ranges
 from pipeline.record import METADATA, extend_crc32, read_record
 from pipeline.report import Watch
-from pipeline.runs import active_client, count_threads, fit_memory, run_tasks
-from pipeline.sizes import MIB, count_of, format_size
-from pipeline.sources import split_name
-from pipeline.staging import check_apart
-from pipeline.storage import Folder, Objects, checksum
-from pipeline.tasks import Receipt, name_tasks
+from pipeline.sizes import count_of, format_size
+from pipeline.storage import Folder, checksum
+from pipeline.targets import DOCUMENTS, is_document, locate_files, open_folder
+from pipeline.tasks import Receipt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     import zarr
 
     from pipeline.inspection import Runs
+    from pipeline.manifest import Checksums
     from pipeline.storage import Opened, Storage
 
 type Standard = Literal["record", "manifest", "chunks"]
@@ -42,13 +41,8 @@ _STANDARDS: dict[Standard, str] = {
     "manifest": "the manifest",
     "chunks": "the crc32c of each chunk",
 }
-_DOCUMENTS = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
 _MOST_LOST = 10_000
 """Chunks of a foreign array that are named one by one where they are gone; a sparse array may lack far more."""
-_TASK_NBYTES = 64 * MIB
-_TASK_FILES = 1000
-_TASK_MEMORY = 32 * MIB
-"""Buffers of a task: what it reads passes through them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +64,6 @@ class Problem:
     def facts(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {"file": self.key, "problem": self.problem, "unit": self.unit, "runs": [list(run) for run in self.runs]}
-
-
-class Range(NamedTuple):
-    """Bytes that are read together."""
-
-    key: str
-    offset: int
-    nbytes: int
-    file_nbytes: int | None = None
-    """Size that the file should have."""
-    checksum: int | None = None
-    """What it should have; None: the crc32c of each chunk tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +88,8 @@ class Verification:
     def run(self, watch: Watch) -> list[Problem]:
         """Read the ranges, telling `watch` of every task that is done; all that is wrong, sorted by file."""
         found = list(self.problems)
-        arguments = (
-            (self.storage, self.standard, self.arrays, part, number) for number, part in enumerate(_batch(self.ranges))
-        )
-        for problems in _compute("verify", check_ranges, arguments, self.ranges, watch):
+        about = (self.storage, self.standard, self.arrays)
+        for problems in read_ranges(check_ranges, about, self.ranges, watch):
             found += problems
         # The ranges of one file may all find the same.
         return sorted(dict.fromkeys(found), key=lambda each: (each.key, each.runs))
@@ -187,98 +167,6 @@ def verify(
     return prepare_verification(path, subset=subset, seed=seed, manifest=manifest).run(Watch())
 
 
-def write_manifest(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: str | Path) -> None:
-    """Record size and checksum of every file of a matrix, for `verify` to compare with.
-
-    Parameters
-    ----------
-    path
-        As for `verify`.
-    manifest
-        JSON file to write; it lies apart from the matrix.
-
-    Raises
-    ------
-    OutputExistsError
-        If something is at `manifest` already.
-    IntegrityError
-        If a file cannot be read.
-
-    Examples
-    --------
-    >>> import numpy, pipeline
-    >>> folder = getfixture("tmp_path")
-    >>> numpy.save(folder / "A.npy", numpy.arange(6.0))
-    >>> pipeline.write_manifest(folder / "A.npy", folder / "A.json")
-    >>> pipeline.verify(folder / "A.npy", manifest=folder / "A.json")
-    []
-    """
-    prepare_recording(path, manifest).run(Watch())
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """A manifest to be written. Made by `prepare_recording`."""
-
-    target: str
-    storage: Storage
-    path: Path
-    sizes: dict[str, int]
-
-    @property
-    def ranges(self) -> tuple[Range, ...]:
-        """To be read: all."""
-        return tuple(itertools.chain.from_iterable(_cut(key, nbytes) for key, nbytes in self.sizes.items()))
-
-    def run(self, watch: Watch) -> Manifest:
-        """Read every file, telling `watch` of every task that is done, and write the manifest."""
-        ranges = self.ranges
-        arguments = ((self.storage, part, number) for number, part in enumerate(_batch(ranges)))
-        found: dict[tuple[str, int], int] = {}
-        for part in _compute("verify", sum_ranges, arguments, ranges, watch):
-            found |= part
-        files = {
-            key: Checksums(nbytes, tuple(found[key, offset] for _, offset, nbytes, *_ in _cut(key, nbytes) if nbytes))
-            for key, nbytes in self.sizes.items()
-        }
-        manifest = Manifest(self.target, files)
-        manifest.write(self.path)
-        return manifest
-
-    def report(self, watch: Watch, _: list[Problem]) -> tuple[dict[str, str], dict[str, Any]]:
-        """Say what was recorded, in words and as plain data."""
-        nbytes = sum(self.sizes.values())
-        facts = {
-            "target": self.target,
-            "recorded": f"{count_of(len(self.sizes), 'file')}, {format_size(nbytes)}",
-            "manifest": str(self.path),
-        }
-        numbers = {
-            "target": self.target,
-            "manifest": str(self.path),
-            "files": len(self.sizes),
-            "nbytes": nbytes,
-            "nbytes_read": watch.nbytes_read,
-        }
-        return facts, numbers
-
-
-def prepare_recording(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: str | Path) -> Recording:
-    """Check everything that `write_manifest` needs before it reads."""
-    target, storage = _locate(path)
-    manifest = Path(manifest)
-    if os.path.lexists(manifest):
-        raise OutputExistsError(f"a manifest is written once; {manifest} exists; name another, or remove it yourself")
-    if not manifest.absolute().parent.is_dir():
-        raise OpenError(f"a manifest goes into a folder that is there; {manifest.parent} is not; make it first")
-    if isinstance(storage, Folder):
-        check_apart(manifest, [Path(storage.root, storage.only or "")])
-    listed = storage.list_files()
-    if isinstance(storage, Folder) and storage.only is None:
-        _open_folder(storage, listed)
-    return Recording(target, storage, manifest, dict(sorted(listed.items())))
-
-
 def prepare_verification(
     path: str | Path | zarr.Array[Any] | zarr.Group,
     *,
@@ -291,7 +179,7 @@ def prepare_verification(
         raise InputError(f"a subset is a part of all, more than 0 and at most 1; got {subset!r}; give such as 0.1")
     if seed < 0:
         raise InputError(f"a seed is a whole number of at least 0; got {seed!r}; choose another")
-    target, storage = _locate(path)
+    target, storage = locate_files(path)
     listed = storage.list_files()
     given = None if isinstance(path, str | Path) else path
     if manifest is not None:
@@ -309,7 +197,7 @@ def prepare_verification(
         raise InputError(f"bytes are compared with checksums; {target} has none; {_way_out(target)}")
     else:
         found = _compare_own(target, storage, listed) or _inspect_all(
-            target, storage, listed, _open_folder(storage, listed)
+            target, storage, listed, open_folder(storage, listed)
         )
     return replace(found, ranges=_draw(found.ranges, subset, seed))
 
@@ -352,22 +240,6 @@ def check_ranges(
     return Receipt(number, count, nbytes, time.perf_counter() - begin), problems
 
 
-def sum_ranges(storage: Storage, ranges: Iterable[Range], number: int) -> tuple[Receipt, dict[tuple[str, int], int]]:
-    """Compute the checksum of each range, by key and offset; IntegrityError where one cannot be read."""
-    begin = time.perf_counter()
-    found = {}
-    for key, offset, nbytes, file_nbytes, _ in ranges:
-        try:
-            with storage.open(key) as opened:
-                if opened.nbytes != file_nbytes:
-                    raise IntegrityError("changed meanwhile")  # noqa: TRY301
-                found[key, offset] = checksum(opened, offset, nbytes, extend_crc32)
-        except IntegrityError as error:
-            raise IntegrityError(f"a manifest records files that can be read; {key} {error}; mend it first") from error
-    nbytes = sum(each.nbytes for each in ranges)
-    return Receipt(number, len(found), nbytes, time.perf_counter() - begin), found
-
-
 def find_place(arrays: Iterable[StoredArray], key: str) -> Place | None:
     """Tell what a file holds; None for what is no chunk."""
     return next((place for array in arrays if (place := array.place(key))), None)
@@ -395,38 +267,6 @@ def _problem(key: str, words: str, place: Place | None, runs: Runs = ()) -> Prob
     if place is None:
         return Problem(key, words)
     return Problem(key, words, place.array.unit, runs or place.rows)
-
-
-def _locate(path: str | Path | zarr.Array[Any] | zarr.Group) -> tuple[str, Storage]:
-    """Name of a target, and where its files lie."""
-    if not isinstance(path, str | Path):
-        node: Any = path
-        folder = local_folder(node)
-        prefix = f"{node.path}/" if node.path else ""
-        return str(node.store_path), Objects(node.store, prefix) if folder is None else Folder(str(folder.absolute()))
-    plain = split_name(str(path))[0]
-    if not os.path.lexists(plain):
-        raise NotFoundError(f"what is verified is there; nothing is at {path}; check the path")
-    if plain.is_dir():
-        return str(path), Folder(str(plain.absolute()))
-    if not plain.is_file():
-        raise OpenError(f"what is verified is a folder or a file; {path} is neither; name another")
-    return str(path), Folder(str(plain.absolute().parent), plain.name)
-
-
-def _open_folder(folder: Folder, listed: Iterable[str]) -> zarr.Array[Any] | zarr.Group:
-    """Open the Zarr array or group in a folder; OpenError where there is none."""
-    documents = [key for key in listed if _is_document(key)]
-    if _DOCUMENTS.isdisjoint(documents):
-        raise OpenError(f"what is verified is a file, a Zarr array or a group; {folder.root} is a plain folder")
-    for key in documents:
-        try:
-            # Zarr itself would wait for a FIFO's writer.
-            with folder.open(key):
-                pass
-        except IntegrityError as error:
-            raise OpenError(f"metadata can be read; {folder.root}/{key} {error}; restore it") from error
-    return open_node(Path(folder.root))
 
 
 def _compare_own(target: str, folder: Folder, listed: dict[str, int]) -> Verification | None:
@@ -459,17 +299,17 @@ def _compare_all(
 ) -> Verification:
     """Compare every file with what is known of it; `whole`: whether the metadata of the root are what was written."""
     known = set(wanted) if whole is None else {*wanted, METADATA}
-    documents = [each for key, ranges in wanted.items() if _is_document(key) for each in ranges]
+    documents = [each for key, ranges in wanted.items() if is_document(key) for each in ranges]
     _, problems = check_ranges(storage, standard, (), documents, 0)
     if whole is False:
         problems.append(Problem(METADATA, "is not what was written"))
     arrays: tuple[StoredArray, ...] = ()
     # Metadata that changed would tell of other rows.
     if not problems:
-        if isinstance(storage, Folder) and storage.only is None and not _DOCUMENTS.isdisjoint(known):
+        if isinstance(storage, Folder) and storage.only is None and not DOCUMENTS.isdisjoint(known):
             node = open_node(Path(storage.root))
         arrays = () if node is None else tuple(describe_arrays(node)[0].values())
-    rest = [key for key in wanted if not _is_document(key)]
+    rest = [key for key in wanted if not is_document(key)]
     lost = _find_lost(storage, arrays, rest, listed)
     problems += lost.values()
     problems += [Problem(key, "is there, but nobody wrote it") for key in listed if key not in known]
@@ -534,12 +374,8 @@ def _find_lost(
 
 def _recorded(key: str, checksums: Checksums, step: int) -> list[Range]:
     """Ranges of a file in a manifest; one that is empty has one, too, since it must be looked at."""
-    cut = _cut(key, checksums.nbytes, step)
+    cut = cut_file(key, checksums.nbytes, step)
     return [each._replace(checksum=crc32) for each, crc32 in zip(cut, checksums.crc32 or (0,), strict=True)]
-
-
-def _cut(key: str, nbytes: int, step: int = RANGE_NBYTES) -> list[Range]:
-    return [Range(key, offset, min(step, nbytes - offset), nbytes) for offset in range(0, max(1, nbytes), step)]
 
 
 def _draw(ranges: tuple[Range, ...], subset: float, seed: int) -> tuple[Range, ...]:
@@ -549,33 +385,6 @@ def _draw(ranges: tuple[Range, ...], subset: float, seed: int) -> tuple[Range, .
     count = max(1, round(subset * len(ranges)))
     drawn = np.random.default_rng(seed).choice(len(ranges), count, replace=False)
     return tuple(ranges[number] for number in sorted(drawn.tolist()))
-
-
-def _batch(ranges: Iterable[Range]) -> Iterator[tuple[Range, ...]]:
-    """Cut ranges into tasks: some tens of megabytes each, or a thousand files."""
-    batch: list[Range] = []
-    nbytes = 0
-    for each in ranges:
-        if batch and (nbytes + each.nbytes > _TASK_NBYTES or len(batch) == _TASK_FILES):
-            yield tuple(batch)
-            batch, nbytes = [], 0
-        batch.append(each)
-        nbytes += each.nbytes
-    if batch:
-        yield tuple(batch)
-
-
-def _compute(
-    stage: str, function: Any, arguments: Iterable[tuple[Any, ...]], ranges: tuple[Range, ...], watch: Watch
-) -> Iterator[Any]:
-    """Run tasks, and yield what each found beside its receipt."""
-    threads = count_threads(active_client())
-    footprint = fit_memory(_TASK_MEMORY, None, threads=threads, what="one task of verify")
-    tasks = name_tasks(stage, function, arguments)
-    watch.begin(len(tasks), len(ranges), sum(each.nbytes for each in ranges))
-    for receipt, found in run_tasks(tasks, at_once=footprint.at_once):
-        watch.task_done(receipt)
-        yield found
 
 
 def _has_traces(path: Path) -> bool:
@@ -591,10 +400,6 @@ def _has_traces(path: Path) -> bool:
             return True
         documents += values
     return False
-
-
-def _is_document(key: str) -> bool:
-    return key.rsplit("/", 1)[-1] in _DOCUMENTS
 
 
 def _way_out(target: str) -> str:

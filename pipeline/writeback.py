@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.encoding import writing_nbytes
 from pipeline.errors import InputError
-from pipeline.journal import Request, digest_array, name_function
+from pipeline.identity import name_function
+from pipeline.journal import Request, digest_array
 from pipeline.readers import check_files
 from pipeline.record import seal_folder
 from pipeline.report import Watch

@@ -454,11 +454,11 @@ class TestSignals:
 
     def test_while_the_cluster_starts(self, interrupt, tmp_path):
         code, line = interrupt(signal.SIGINT, ["MARKER"], cluster=CLUSTER.replace("{", "{preload: [preload.py], "))
-        assert (code, line) == (130, "error: interrupted; nothing was kept; run it again")
+        assert (code, line) == (130, "error: interrupted; no task was finished; run it again")
         assert not list(tmp_path.glob("w.zarr*"))
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
     def test_while_it_plans(self, interrupt, number):
         code, line = interrupt(number, ["MARKER"], apply="wait_at_once")
         assert code == 128 + number
-        assert line.endswith("nothing was kept; run it again")
+        assert line.endswith("no task was finished; run it again")

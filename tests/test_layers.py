@@ -22,8 +22,9 @@ LAYERS = [
     "__main__",
     "cli",
     "bench",
-    "demo progress request",
-    "collect writeback create verification",
+    "demo progress request wording",
+    "collect writeback create recording verification",
+    "ranges targets",
     "report runs shards",
     "tasks",
     "readers staging stamps",
@@ -35,7 +36,7 @@ LAYERS = [
     "clusterfile dashboard",
     "counting sources decoders encoding",
     "inspection",
-    "layout hdf5 storage",
+    "arrays hdf5 layout storage",
     "keys",
     "chunks",
     "journal manifest npy",
@@ -61,7 +62,7 @@ OUTSIDE = {
     "tornado": "cluster dashboard",
     "tqdm": "progress",
     "yaml": "clusterfile",
-    "zarr": "bench counting create decoders decoding inspection keys layout matrix ranged readers shards sources stamps storage verification writeback",
+    "zarr": "arrays bench counting create decoders decoding inspection keys layout matrix ranged readers recording shards sources stamps storage targets verification writeback",
 }
 """Modules that may import what is heavy or has a home of its own; NumPy and the standard library are for all."""
 

@@ -1,0 +1,136 @@
+"""A manifest of what a target holds, written while all is right."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import IntegrityError, OpenError, OutputExistsError
+from pipeline.manifest import Checksums, Manifest
+from pipeline.ranges import Range, cut_file, read_ranges
+from pipeline.record import extend_crc32
+from pipeline.report import Watch
+from pipeline.sizes import count_of, format_size
+from pipeline.staging import check_apart
+from pipeline.storage import Folder, checksum
+from pipeline.targets import locate_files, open_folder
+from pipeline.tasks import Receipt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import zarr
+
+    from pipeline.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A manifest to be written. Made by `prepare_recording`."""
+
+    target: str
+    storage: Storage
+    path: Path
+    sizes: dict[str, int]
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        """To be read: all."""
+        return tuple(itertools.chain.from_iterable(cut_file(key, nbytes) for key, nbytes in self.sizes.items()))
+
+    def run(self, watch: Watch) -> Manifest:
+        """Read every file, telling `watch` of every task that is done, and write the manifest."""
+        found: dict[tuple[str, int], int] = {}
+        for part in read_ranges(sum_ranges, (self.storage,), self.ranges, watch):
+            found |= part
+        files = {
+            key: Checksums(
+                nbytes, tuple(found[key, offset] for _, offset, nbytes, *_ in cut_file(key, nbytes) if nbytes)
+            )
+            for key, nbytes in self.sizes.items()
+        }
+        manifest = Manifest(self.target, files)
+        manifest.write(self.path)
+        return manifest
+
+    def report(self, watch: Watch) -> tuple[dict[str, str], dict[str, Any]]:
+        """Say what was recorded, in words and as plain data."""
+        nbytes = sum(self.sizes.values())
+        facts = {
+            "target": self.target,
+            "recorded": f"{count_of(len(self.sizes), 'file')}, {format_size(nbytes)}",
+            "manifest": str(self.path),
+        }
+        numbers = {
+            "target": self.target,
+            "manifest": str(self.path),
+            "files": len(self.sizes),
+            "nbytes": nbytes,
+            "nbytes_read": watch.nbytes_read,
+        }
+        return facts, numbers
+
+
+def write_manifest(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: str | Path) -> None:
+    """Record size and checksum of every file of a matrix, for `verify` to compare with.
+
+    Parameters
+    ----------
+    path
+        As for `verify`.
+    manifest
+        JSON file to write; it lies apart from the matrix.
+
+    Raises
+    ------
+    OutputExistsError
+        If something is at `manifest` already.
+    IntegrityError
+        If a file cannot be read.
+
+    Examples
+    --------
+    >>> import numpy, pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> numpy.save(folder / "A.npy", numpy.arange(6.0))
+    >>> pipeline.write_manifest(folder / "A.npy", folder / "A.json")
+    >>> pipeline.verify(folder / "A.npy", manifest=folder / "A.json")
+    []
+    """
+    prepare_recording(path, manifest).run(Watch())
+
+
+def prepare_recording(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: str | Path) -> Recording:
+    """Check everything that `write_manifest` needs before it reads."""
+    target, storage = locate_files(path)
+    manifest = Path(manifest)
+    if os.path.lexists(manifest):
+        raise OutputExistsError(f"a manifest is written once; {manifest} exists; name another, or remove it yourself")
+    if not manifest.absolute().parent.is_dir():
+        raise OpenError(f"a manifest goes into a folder that is there; {manifest.parent} is not; make it first")
+    if isinstance(storage, Folder):
+        check_apart(manifest, [Path(storage.root, storage.only or "")])
+    listed = storage.list_files()
+    if isinstance(storage, Folder) and storage.only is None:
+        open_folder(storage, listed)
+    return Recording(target, storage, manifest, dict(sorted(listed.items())))
+
+
+def sum_ranges(storage: Storage, ranges: Iterable[Range], number: int) -> tuple[Receipt, dict[tuple[str, int], int]]:
+    """Compute the checksum of each range, by key and offset; IntegrityError where one cannot be read."""
+    begin = time.perf_counter()
+    found = {}
+    for key, offset, nbytes, file_nbytes, _ in ranges:
+        try:
+            with storage.open(key) as opened:
+                if opened.nbytes != file_nbytes:
+                    raise IntegrityError("changed meanwhile")  # noqa: TRY301
+                found[key, offset] = checksum(opened, offset, nbytes, extend_crc32)
+        except IntegrityError as error:
+            raise IntegrityError(f"a manifest records files that can be read; {key} {error}; mend it first") from error
+    nbytes = sum(each.nbytes for each in ranges)
+    return Receipt(number, len(found), nbytes, time.perf_counter() - begin), found

@@ -1,0 +1,296 @@
+"""Reports of the verbs: each as facts, in words, and as numbers, for `--json`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.report import STAGES, name_limit, share_seconds
+from pipeline.sizes import count_of, format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pipeline.collect import Gathering
+    from pipeline.create import Creation
+    from pipeline.matrix import Matrix
+    from pipeline.report import Watch
+    from pipeline.writeback import Storing
+
+type Report = tuple[dict[str, str], dict[str, Any]]
+"""Facts and numbers."""
+
+_MOST_SHOWN = 20
+"""Problems that are said in words."""
+
+
+class Measures(NamedTuple):
+    """What is measured around a run; times are seconds of one clock."""
+
+    begin: float
+    """The verb began to open and plan."""
+    ready: float
+    """It began to start the cluster."""
+    started: float
+    """The work began."""
+    ended: float
+    peak_nbytes: int
+    """Memory, at its peak."""
+    dashboard: str | None
+
+    @property
+    def work_seconds(self) -> float:
+        """Wall clock of the work."""
+        return self.ended - self.started
+
+
+def report_dry_run(creation: Creation) -> Report:
+    """Say what making a matrix would cost."""
+    free = _free_nbytes(creation.dest.parent)
+    numbers = {
+        "nbytes_read": creation.nbytes_read,
+        "nbytes_written": creation.nbytes_written,
+        "files": creation.files,
+        "tasks": creation.tasks,
+        "task_nbytes": creation.task_nbytes,
+        "disk_free": free,
+    }
+    return creation.facts() | {"disk": f"{format_size(free)} free"}, numbers
+
+
+def report_creation(matrix: Matrix, watch: Watch, measures: Measures) -> Report:
+    """Say what was made, and what it took."""
+    numbers = {
+        "path": matrix.path,
+        "shape": list(matrix.shape),
+        "dtype": matrix.dtype.name,
+        "nbytes": matrix.nbytes,
+        "nbytes_read": watch.nbytes_read,
+        **_tasks(watch),
+        **_seconds(watch, measures),
+        **_resources(matrix.nbytes, measures),
+    }
+    return matrix.facts() | _resumed(watch) | _run_facts(numbers), numbers
+
+
+def report_matrix(matrix: Matrix, length: int) -> Report:
+    """Say what a matrix is, and what a window of it costs."""
+    layout = matrix.layout
+    wanted = length * matrix.row_nbytes
+    nbytes_read = wanted
+    if layout.reader == "decoded":
+        # A window at a random start touches 1 + (length - 1) / chunk_rows chunks on average.
+        nbytes_read = round((1 + (length - 1) / layout.chunk_rows) * layout.chunk_rows * matrix.row_nbytes)
+    present, total, stored = matrix.count_files()
+    numbers = {
+        "path": matrix.path,
+        "shape": list(matrix.shape),
+        "dtype": matrix.dtype.name,
+        "byteorder": layout.byteorder,
+        "chunk_rows": layout.chunk_rows,
+        "shard_rows": layout.shard_rows,
+        "codecs": list(layout.codecs),
+        "reader": layout.reader,
+        "files_present": present,
+        "files": total,
+        "nbytes": matrix.nbytes,
+        "nbytes_stored": stored,
+        "length": length,
+        "window_nbytes": wanted,
+        "window_nbytes_read": nbytes_read,
+        "window_amplification": nbytes_read / wanted,
+        "parts": None if matrix.parts is None else matrix.parts.tolist(),
+    }
+    kind = "shards" if layout.shard_rows else "chunks" if matrix.array is not None else "files"
+    facts = matrix.facts() | {
+        "present": f"{present:,} of {total:,} {kind}",
+        "on disk": f"{format_size(stored)} ({stored / matrix.nbytes:.2f} of the size in memory)",
+        f"a window of {length}": f"{format_size(wanted)}, reads {format_size(nbytes_read)} on average, "
+        f"amplification {nbytes_read / wanted:.2f}",
+    }
+    if matrix.array is None:
+        facts["create"] = (
+            f"would add checksums for every 64 KiB, compression and object stores, for {format_size(matrix.nbytes)} "
+            f"of disk before compression; for windows alone it does not pay: they cost the same bytes in place"
+        )
+    return {"matrix": matrix.path, **facts}, numbers
+
+
+def report_plan(sink: Gathering | Storing) -> Report:
+    """Say what a run would do and cost."""
+    planned, peak = sink.plan, sink.footprint().peak_nbytes
+    numbers: dict[str, Any] = {
+        "windows": len(planned),
+        "length": planned.length,
+        "nbytes_wanted": planned.nbytes,
+        "result_shape": list(sink.shape),
+        "result_nbytes": sink.nbytes,
+        "crossings": planned.crossings(),
+        "orders": {
+            cost.order: {
+                "tasks": cost.tasks,
+                "chunks": cost.chunks,
+                "nbytes_read": cost.nbytes_read,
+                "amplification": cost.amplification,
+                "spans": cost.scratch_nbytes > 0,
+            }
+            for cost in (planned.chunk, planned.request)
+        },
+        "order": sink.cost.order,
+        "peak_memory": peak,
+        "disk_needed": 0,
+    }
+    facts = planned.facts() | {"this run": f"order {sink.cost.order}", "peak memory": f"about {format_size(peak)}"}
+    if isinstance(sink.out, Path):
+        free = _free_nbytes(sink.out.parent)
+        numbers |= {"disk_needed": sink.nbytes, "disk_free": free}
+        facts["disk"] = f"{format_size(sink.nbytes)} for {sink.out}; {format_size(free)} free"
+    else:
+        facts["disk"] = "none: the array is not kept; name a file with --out"
+    return facts, numbers
+
+
+def report_run(
+    matrix: Matrix, sink: Gathering | Storing, watch: Watch, measures: Measures, *, threads: int, within: str | None
+) -> Report:
+    """Say what a run did, and what limited it.
+
+    Parameters
+    ----------
+    threads
+        Tasks that could run at once.
+    within
+        What windows were drawn within; None: they may cross the borders of parts.
+    """
+    planned = sink.plan
+    amplification = watch.nbytes_read / planned.nbytes
+    shares = share_seconds(watch)
+    limit, advice = name_limit(
+        watch,
+        threads=threads,
+        seconds=measures.work_seconds,
+        amplification=amplification,
+        repetition=sink.cost.nbytes_read / planned.chunk.nbytes_read,
+    )
+    numbers = {
+        "matrix": matrix.path,
+        "windows": len(planned),
+        "length": planned.length,
+        "out": None if sink.out is None else str(sink.out),
+        "result_shape": list(sink.shape),
+        "nbytes_delivered": sink.nbytes,
+        "nbytes_read": watch.nbytes_read,
+        "amplification": amplification,
+        "checked_reads": matrix.layout.checked,
+        "crossings": planned.crossings(),
+        "nonfinite": watch.nonfinite,
+        **_tasks(watch),
+        **_seconds(watch, measures),
+        "shares": shares,
+        "limit": limit,
+        **_resources(planned.nbytes, measures),
+    }
+    shape = ", ".join(f"{size:,}" for size in sink.shape)
+    facts = {
+        "windows": f"{len(planned):,} of {planned.length:,} rows out of {matrix.path}",
+        "result": f"({shape}) {sink.work.result.dtype}, {format_size(sink.nbytes)}",
+        "kept": str(sink.out) if sink.out is not None else "nothing; name a file with --out to keep the windows",
+        "read": f"{format_size(watch.nbytes_read)}, amplification {amplification:.2f}",
+        "reads": "checked",
+    }
+    if not matrix.layout.checked:
+        way_out = "--check-reads does" if matrix.layout.checksums else f"{matrix.path} has no checksums"
+        facts["reads"] = f"not checked; {way_out}"
+    if matrix.parts is not None and not within:
+        facts["crossings"] = f"{planned.crossings():,} windows cross the border of two parts"
+    if watch.nonfinite:
+        facts["not finite"] = f"{count_of(watch.nonfinite, 'value')} of the result: NaN or infinite"
+    facts["limit"] = f"{limit}; {advice}" if advice else limit
+    facts["shares"] = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
+    return facts | _resumed(watch) | _run_facts(numbers), numbers
+
+
+def add_measures(report: Report, watch: Watch, measures: Measures) -> Report:
+    """Add to the report of a run that reads what it took."""
+    facts, numbers = report
+    numbers = {
+        **numbers,
+        "tasks": watch.done_tasks,
+        **_seconds(watch, measures),
+        **_resources(watch.nbytes_read, measures),
+    }
+    return facts | _run_facts(numbers), numbers
+
+
+def say_problems(problems: Sequence[object]) -> Iterator[str]:
+    """Yield a line for each problem, up to some, and one for those that follow."""
+    for problem in problems[:_MOST_SHOWN]:
+        yield " ".join(str(problem).split())
+    if len(problems) > _MOST_SHOWN:
+        yield f"and {len(problems) - _MOST_SHOWN:,} more; --json lists all"
+
+
+def align_facts(facts: dict[str, str]) -> str:
+    """Write facts in two columns.
+
+    Examples
+    --------
+    >>> print(align_facts({"rate": "9 MB/s", "seconds": "1.00"}))
+    rate     9 MB/s
+    seconds  1.00
+    """
+    width = max(map(len, facts))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in facts.items())
+
+
+def _tasks(watch: Watch) -> dict[str, Any]:
+    return {"tasks": watch.done_tasks, "tasks_kept": watch.kept_tasks, "finished_before": watch.tasks == 0}
+
+
+def _seconds(watch: Watch, measures: Measures) -> dict[str, float]:
+    """Seconds of the wall clock by stage; reading, applying and writing are summed over tasks that run side by side."""
+    return {
+        "seconds": measures.ended - measures.begin,
+        "plan_seconds": measures.ready - measures.begin,
+        "startup_seconds": measures.started - measures.ready,
+        "work_seconds": measures.work_seconds,
+        "read_seconds": watch.read_seconds,
+        "decode_seconds": watch.decode_seconds,
+        "apply_seconds": watch.apply_seconds,
+        "write_seconds": watch.write_seconds,
+    }
+
+
+def _resources(nbytes: int, measures: Measures) -> dict[str, Any]:
+    return {
+        "bytes_per_second": nbytes / measures.work_seconds,
+        "peak_memory": measures.peak_nbytes,
+        "dashboard": measures.dashboard,
+    }
+
+
+def _resumed(watch: Watch) -> dict[str, str]:
+    """Say what an earlier run had done of this one."""
+    if not watch.tasks:
+        return {"resumed": "nothing was left to do: the output of this very request is there, finished"}
+    if not watch.kept_tasks:
+        return {}
+    return {"resumed": f"{watch.kept_tasks:,} of {count_of(watch.tasks, 'task')} were finished before"}
+
+
+def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
+    stages = {"open and plan": "plan", "start the cluster": "startup", "work": "work"}
+    clock = ", ".join(f"{word} {numbers[f'{key}_seconds']:.2f}" for word, key in stages.items())
+    tasks = ", ".join(f"{stage} {numbers[f'{stage}_seconds']:.2f}" for stage in STAGES)
+    return {
+        "seconds": f"{numbers['seconds']:.2f}: {clock}",
+        "in tasks": f"{count_of(numbers['tasks'], 'task')}, summed seconds: {tasks}",
+        "rate": f"{numbers['bytes_per_second'] / 1e6:,.0f} MB/s",
+        "peak memory": format_size(numbers["peak_memory"]),
+        "dashboard": f"{numbers['dashboard'] or 'none'} while it ran",
+    }
+
+
+def _free_nbytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
