@@ -167,7 +167,8 @@ def _explain(error: BaseException) -> tuple[int, str]:  # noqa: PLR0911 (a table
             return 3, "; ".join([text, *notes])
         case MemoryError():
             return 5, "; ".join([f"a run fits its memory; {error or 'it ran out'}; ask for less at once", *notes])
-    return 1, f"a bug of ours; {type(error).__name__}: {error}; run it with --debug and report what it says"
+    text = f"a bug of ours; {type(error).__name__}: {error}; run it with --debug and report what it says"
+    return 1, "; ".join([text, *notes])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG, invoke_without_command=True)

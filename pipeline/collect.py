@@ -105,7 +105,8 @@ def gather(
         on the workers. Default: the windows as they are.
     out
         An array to fill, of the result's shape and dtype and C-contiguous; or the path of an `.npy` file, which
-        appears only when it is complete, and whose memory map is returned. Default: a new array.
+        appears only when it is complete, and whose memory map is returned: what is written into that stays in memory.
+        Default: a new array.
     resume
         Whether to go on where an interrupted run of the same request ended; nothing is done where it is finished.
     overwrite
@@ -147,6 +148,8 @@ class Gathering:
     plan: Plan
     work: Work
     out: NDArray[Any] | Path | None
+    place: Path
+    """Where the file goes, whatever the working directory becomes."""
     resume: bool
     overwrite: bool
 
@@ -165,15 +168,16 @@ class Gathering:
         """What reading costs."""
         return self.plan.chunk
 
-    def footprint(self) -> Footprint:
-        """Memory of the run; BudgetError where it does not fit."""
+    def footprint(self, windows: int | None = None) -> Footprint:
+        """Memory of the run, with so many windows a task; BudgetError where it does not fit."""
         plan, work, client = self.plan, self.work, active_client()
         if client is not None:
             check_client(client)
-        block = plan.task_windows * work.result.nbytes
+        windows = min(windows or plan.task_windows, len(plan))
+        block = windows * work.result.nbytes
         each = plan.reading_nbytes
         if work.apply is not None:
-            each += plan.block_nbytes + block
+            each += windows * plan.window_nbytes + block
         if not shares_memory(client):
             each += block
         held = self.nbytes if self.out is None else 0
@@ -213,14 +217,14 @@ class Gathering:
             stamp.check()
             return out
         request = self.request(stamp)
-        if not (self.resume and is_finished(self.out, request)):
+        if not (self.resume and is_finished(self.place, request)):
             with stage_output(
-                self.out, request, cut=windows, nbytes=self.nbytes, resume=self.resume, overwrite=self.overwrite
+                self.place, request, cut=windows, nbytes=self.nbytes, resume=self.resume, overwrite=self.overwrite
             ) as stage:
-                self._write(stage, watch, footprint.at_once)
+                self._write(stage, watch, self.footprint(stage.cut).at_once)
                 stamp.check()
                 mark_npy(stage.output, request.digest)
-        return map_npy(self.out)
+        return map_npy(self.place, "c")
 
     def _write(self, stage: Stage, watch: Watch, at_once: int) -> None:
         """Fill an `.npy` by the tasks that are not finished yet, each journaled once its windows are on the disk."""
@@ -228,7 +232,7 @@ class Gathering:
         if not (stage.done and reopen_npy(stage.output, dtype, self.shape)):
             stage.redo(list(stage.done))
             create_npy(stage.output, dtype, self.shape)
-        array = map_npy(stage.output)
+        array = map_npy(stage.output, "r+")
         cut = list(plan.tasks("chunk", windows=stage.cut))
         stage.redo([n for n, files in stage.done.items() if (record_entries(array, cut[n].places),) != files])
         watch.begin(len(cut), len(plan), self.nbytes)
@@ -279,7 +283,7 @@ def _flush(
     assert isinstance(array, np.memmap)
     array.flush()
     for receipt in receipts:
-        if (record_entries(map_npy(stage.output), places[receipt.number]),) != receipt.files:
+        if (record_entries(map_npy(stage.output, "c"), places[receipt.number]),) != receipt.files:
             raise IntegrityError(
                 f"windows read back as they were written; those of task {receipt.number} do not: check the disk"
             )
@@ -294,8 +298,10 @@ def prepare_gathering(
     plan: Plan, *, apply: Apply | None, out: NDArray[Any] | str | Path | None, resume: bool, overwrite: bool
 ) -> Gathering:
     """Check everything that `gather` needs before it begins: files, `apply`, destination, memory."""
+    place = Path()
     if isinstance(out, str | Path):
         out = Path(out)
+        place = out.absolute()
         if out.suffix != ".npy":
             raise InputError(f"out is an array or the path of an .npy file; got {out}; name it .npy, or use store")
         if not resume:
@@ -305,7 +311,7 @@ def prepare_gathering(
     elif resume:
         raise InputError("a run that resumes has a file to go on with; an array in memory has none; drop it")
     check_files(plan.matrix, plan.sorted_starts, plan.length)
-    gathering = Gathering(plan, prepare_work(plan, apply), out, resume, overwrite)
+    gathering = Gathering(plan, prepare_work(plan, apply), out, place, resume, overwrite)
     shape, dtype = gathering.shape, gathering.work.result.dtype
     if isinstance(out, np.ndarray) and not (
         out.shape == shape and out.dtype == dtype and out.flags.c_contiguous and out.flags.writeable
@@ -316,7 +322,7 @@ def prepare_gathering(
         )
     if isinstance(out, Path):
         stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
-        if not (resume and is_result(out, gathering.request(stamp))):
-            check_destination(out, nbytes=gathering.nbytes, resume=resume, overwrite=overwrite)
+        if not (resume and is_result(place, gathering.request(stamp))):
+            check_destination(place, nbytes=gathering.nbytes, resume=resume, overwrite=overwrite)
     gathering.footprint()
     return gathering

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ class Creation:
 
     source: Source
     dest: Path
+    place: Path
+    """The same, whatever the working directory becomes."""
     cut: Cut
     compress: Compression | None
     task_rows: int
@@ -120,19 +122,20 @@ class Creation:
 
     def run(self, watch: Watch) -> Matrix:
         """Write the matrix, telling `watch` of every task that is done."""
-        footprint, stamp = self.footprint(), stamp_source(self.source)
+        self.footprint()
+        stamp = stamp_source(self.source)
         request = self.request(stamp)
-        if self.resume and is_finished(self.dest, request):
-            return open_matrix(self.dest)
+        if self.resume and is_finished(self.place, request):
+            return self._open()
         with stage_output(
-            self.dest,
+            self.place,
             request,
             cut=self.task_rows,
             nbytes=self.least_nbytes,
             resume=self.resume,
             overwrite=self.overwrite,
         ) as stage:
-            self._write(stage, watch, footprint.at_once)
+            self._write(stage, watch, replace(self, task_rows=stage.cut).footprint().at_once)
             # Whatever changed while it was read, an exit 0 would call it a copy.
             stamp.check()
             ours: dict[str, Any] = {"kind": "matrix", "request": request.facts}
@@ -140,7 +143,11 @@ class Creation:
             if parts is not None:
                 ours["parts"] = parts.tolist()
             seal_folder(stage.output, chain.from_iterable(stage.done.values()), ours)
-        return open_matrix(self.dest)
+        return self._open()
+
+    def _open(self) -> Matrix:
+        """Open what was made, under the name that was given."""
+        return replace(open_matrix(self.place), path=str(self.dest))
 
     def _write(self, stage: Stage, watch: Watch, at_once: int) -> None:
         """Run the tasks that are not finished yet."""
@@ -297,6 +304,7 @@ def plan_creation(
 ) -> Creation:
     """Open the sources and decide everything about the matrix; nothing is created."""
     dest = Path(dest)
+    place = dest.absolute()
     if dest.suffix != ".zarr":
         raise InputError(f"a matrix is a Zarr array in a folder; got {dest}; name it .zarr")
     if compress not in (None, "zstd", "blosc"):
@@ -316,7 +324,7 @@ def plan_creation(
     # A source's chunk that spans many shards would be decoded for each of them: let a task write several.
     room = int(budget(limit).nbytes * _READ_SHARE)
     files = max(1, min(-(-opened.chunk_rows // cut.file), room // (cut.file * row_nbytes)))
-    creation = Creation(opened, dest, cut, compress, files * cut.file, limit, resume, overwrite)
+    creation = Creation(opened, dest, place, cut, compress, files * cut.file, limit, resume, overwrite)
     if not (resume and is_result(dest, creation.request(stamp_source(opened)))):
         check_destination(dest, nbytes=creation.least_nbytes, resume=resume, overwrite=overwrite)
     creation.footprint()

@@ -77,7 +77,7 @@ def write_plain(
     files = layout.files
     assert isinstance(files, Files)
     path = Path(files.path(first // layout.file_rows))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folders(Path(files.root), path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     entry_nbytes = math.prod(entry_shape) * dtype.itemsize
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -94,6 +94,14 @@ def write_plain(
             partial.unlink()
         raise
     return FileRecord(os.path.relpath(path, files.root), *written)
+
+
+def _make_folders(root: Path, folder: Path) -> None:
+    """Make folders below one that is there: a run that has ended, or a worker that does not share it, has none."""
+    for parent in reversed([folder, *folder.parents]):
+        if root in parent.parents:
+            with contextlib.suppress(FileExistsError):
+                parent.mkdir()
 
 
 def _check_written(path: Path, written: tuple[int, int]) -> None:

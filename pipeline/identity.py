@@ -35,49 +35,40 @@ def name_function(function: Callable[..., Any] | None) -> str:
 
 def _parts(thing: Any, seen: dict[int, Any]) -> Iterator[bytes]:
     """Yield what tells a thing from another: `seen` holds those that are told already, and keeps them alive."""
-    if isinstance(thing, types.ModuleType):
-        yield thing.__name__.encode()
-        return
     if isinstance(thing, types.CodeType):
         yield from _code_parts(thing, seen)
-        return
-    if not (callable(thing) or isinstance(thing, dict | list | tuple)):
+    elif isinstance(thing, types.ModuleType):
+        yield thing.__name__.encode()
+    elif not (callable(thing) or isinstance(thing, dict | list | tuple)):
         yield _pickled(thing)
-        return
-    if id(thing) in seen:
-        return
-    seen[id(thing)] = thing
-    yield type(thing).__qualname__.encode()
-    inside: tuple[Any, ...]
+    elif id(thing) not in seen:
+        seen[id(thing)] = thing
+        yield type(thing).__qualname__.encode()
+        for each in _insides(thing):
+            yield from _parts(each, seen)
+
+
+def _insides(thing: Any) -> tuple[Any, ...]:  # noqa: PLR0911 (a table)
+    """Return what a callable or a container is made of."""
     match thing:
         case functools.partial():
-            inside = (thing.func, thing.args, thing.keywords)
+            return thing.func, thing.args, thing.keywords
         case types.MethodType():
-            inside = (thing.__func__, thing.__self__)
+            return thing.__func__, thing.__self__
         case types.FunctionType():
-            yield f"{thing.__module__}.{thing.__qualname__}".encode()
             cells = tuple(cell.cell_contents for cell in thing.__closure__ or ())
-            inside = (thing.__code__, thing.__defaults__ or (), thing.__kwdefaults__ or {}, cells)
-            source = _module_source(thing.__module__)
-            yield source
-            if not source:
-                inside += ({each: thing.__globals__[each] for each in _globals(thing.__code__, thing.__globals__)},)
-        case dict():
-            inside = tuple(each for pair in sorted(thing.items(), key=lambda pair: str(pair[0])) for each in pair)
-        case list() | tuple():
-            inside = tuple(thing)
+            own = (thing.__qualname__, thing.__code__, thing.__defaults__ or (), thing.__kwdefaults__ or {}, cells)
+            used = {name: thing.__globals__[name] for name in _globals(thing.__code__, thing.__globals__)}
+            return *own, _module_source(thing.__module__) or used
         case type():
-            yield f"{thing.__module__}.{thing.__qualname__}".encode()
             source = _module_source(thing.__module__)
-            yield source
-            inside = () if source or thing.__module__ == "builtins" else (dict(vars(thing)),)
-        case _ if hasattr(thing, "__dict__"):
-            inside = (type(thing), vars(thing))
-        case _:
-            yield _pickled(thing)
-            inside = ()
-    for each in inside:
-        yield from _parts(each, seen)
+            known = source or thing.__module__ == "builtins"
+            return thing.__module__, thing.__qualname__, source if known else dict(vars(thing))
+        case dict():
+            return tuple(each for pair in sorted(thing.items(), key=lambda pair: str(pair[0])) for each in pair)
+        case list() | tuple():
+            return tuple(thing)
+    return (type(thing), vars(thing)) if hasattr(thing, "__dict__") else (_pickled(thing),)
 
 
 def _code_parts(code: types.CodeType, seen: dict[int, Any]) -> Iterator[bytes]:

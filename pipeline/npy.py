@@ -10,7 +10,8 @@ import math
 import os
 import re
 import struct
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -59,6 +60,10 @@ def reopen_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool
     header = _header(dtype, shape)
     if not path.is_file() or path.stat().st_size != len(header) + math.prod(shape) * dtype.itemsize:
         return False
+    if path.stat().st_nlink > 1:
+        # A finished output, too, that was moved: nobody writes into it.
+        path.unlink()
+        return False
     with path.open("r+b") as file:
         file.write(header)
     return True
@@ -71,10 +76,18 @@ def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return _MAGIC + struct.pack("<H", length) + text.ljust(length - 1) + b"\n"
 
 
-def map_npy(path: Path) -> NDArray[Any]:
-    """Map an `.npy` for reading and writing."""
-    mapped: NDArray[Any] = np.load(path, mmap_mode="r+", allow_pickle=False)
+def map_npy(path: Path, mode: Literal["r+", "c"]) -> NDArray[Any]:
+    """Map an `.npy`: what is written into it goes to the file (`r+`), or stays in memory (`c`)."""
+    mapped: NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
     return mapped
+
+
+def is_whole_npy(path: Path) -> bool:
+    """Whether an `.npy` is as long as its header says."""
+    with suppress(ValueError):
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        return bool(path.stat().st_size == mapped.offset + mapped.nbytes)
+    return False
 
 
 def mark_npy(path: Path, digest: str) -> None:

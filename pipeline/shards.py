@@ -146,6 +146,11 @@ def write_entries(
                 written += _write_by_zarr(array, layout, start, read(start, end))
     except PipelineError:
         raise
+    except FileNotFoundError as error:
+        raise OpenError(
+            f"workers share the output's folder; {array.store_path} is not there: its run has ended, or this worker's "
+            f"disk is another; start one that shares it"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(f"an output fits its disk; {array.store_path}: {error.strerror}; free some") from error
@@ -155,10 +160,14 @@ def write_entries(
 
 def _write_by_zarr(array: zarr.Array[Any], layout: Layout, start: int, block: NDArray[Any]) -> list[FileRecord]:
     """Write the entries of one file, or of those that hold the same rows."""
-    stop = start + len(block)
-    array[start:stop] = block
-    files, number = layout.files, start // layout.file_rows
+    files = layout.files
     assert isinstance(files, Files)
+    stop = start + len(block)
+    if not Path(files.root, "zarr.json").exists():
+        # Zarr would make the folder anew.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), files.root)
+    array[start:stop] = block
+    number = start // layout.file_rows
     for path in files.paths(number):
         sync_path(Path(path))
     found = np.asarray(array[start:stop])

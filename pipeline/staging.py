@@ -5,7 +5,8 @@ While it is made, the folder `OUT.partial` holds:
     lock        held by the run that writes; it ends with its process
     holder      who that is, for the message of another
     journal     the request, and every finished task
-    output      the file or folder that becomes OUT
+    output-ID   the file or folder that becomes OUT; each run renames what it goes on with, so that a task of an earlier
+                one, whose worker does not know that its run has ended, finds nothing to write into
     replaced    the output that stood at OUT, where it is to be replaced and names cannot be exchanged at once
 """
 
@@ -17,16 +18,18 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, OutputExistsError
+from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.journal import Journal
-from pipeline.npy import read_mark
+from pipeline.npy import is_whole_npy, read_mark
 from pipeline.record import list_files, read_record, record_file
 from pipeline.sizes import count_of, format_size
 
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
 
 _AT_FDCWD, _EXCHANGE = -100, 2
 """Of `renameat2(2)`."""
-_STAGED = {"lock", "holder", "journal", "journal.partial", "output", "replaced"}
+_STAGED = re.compile("lock|holder|journal|journal.partial|output-[0-9a-f]{8}|replaced")
+_LEFT = re.compile(r".*\.[0-9a-f]{32}\.partial")
+"""Files that a worker was writing when it ended, ours and zarr's: their tasks were run again."""
 
 
 class Stage:
@@ -46,8 +51,10 @@ class Stage:
 
     def __init__(self, folder: Path, journal: Journal) -> None:
         self._journal = journal
-        self.output = folder / "output"
+        self.output = folder / f"output-{uuid.uuid4().hex[:8]}"
         """The file or folder to be made; what an earlier run wrote is there."""
+        for earlier in _outputs(folder):
+            earlier.rename(self.output)
         self.cut = journal.cut
         """Units of a task; those of the earlier run, where there was one."""
 
@@ -84,7 +91,10 @@ class Stage:
             self._journal.rewrite()
 
     def check_complete(self, tasks: int) -> None:
-        """Raise IntegrityError unless each of so many tasks is finished."""
+        """Raise IntegrityError unless each of so many tasks is finished; remove what workers left that ended."""
+        for key, _ in list(list_files(self.output)):
+            if _LEFT.fullmatch(key):
+                (self.output / key).unlink()
         missing = [number for number in range(tasks) if number not in self.done]
         if missing:
             raise IntegrityError(
@@ -124,22 +134,34 @@ def stage_output(
     with _appearing(partial):
         partial.mkdir(exist_ok=resume or overwrite)
     with _locked(partial):
-        _restore_replaced(partial, path)
-        stage = Stage(partial, _begin_journal(partial, request, cut, resume=resume, overwrite=overwrite))
-        if stage.output.is_dir():
-            stage.check_kept()
+        earlier = Journal.read(partial / "journal")
+        kept, begun, complete = 0 if earlier is None else len(earlier.done), False, False
         try:
-            yield stage
+            _restore_replaced(partial, path)
+            stage = Stage(partial, _begin_journal(partial, earlier, request, cut, resume=resume, overwrite=overwrite))
+            begun = True
+            if not stage.output.is_file():
+                stage.check_kept()
+            try:
+                yield stage
+            finally:
+                kept = len(stage.done)
             _sync_tree(stage.output)
-            _put_in_place(partial, path, overwrite=overwrite)
+            _put_in_place(stage.output, path, overwrite=overwrite)
+            complete = True
+            sync_path(path.parent)
+            _discard(partial)
         except BaseException as error:
-            if stage.done:
-                error.add_note(f"{count_of(len(stage.done), 'task')} finished and kept; go on with --resume")
-            else:
-                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.filename is None and not isinstance(error, PipelineError):
+                error.filename = str(partial)
+            if complete:
+                error.add_note(f"{path} is complete all the same")
+            elif not kept:
+                _discard(partial)
+            elif begun or not isinstance(error, OutputExistsError):
+                flags = "--resume --overwrite" if _is_taken(path) else "--resume"
+                error.add_note(f"{count_of(kept, 'task')} finished and kept; go on with {flags}")
             raise
-        shutil.rmtree(partial)
-        sync_path(path.parent)
 
 
 def is_result(path: Path, request: Request) -> bool:
@@ -160,6 +182,10 @@ def is_finished(path: Path, request: Request) -> bool:
     if not is_result(path, request):
         return False
     record = read_record(path) if path.is_dir() else None
+    if path.is_file() and not is_whole_npy(path):
+        raise IntegrityError(
+            f"a finished output stays as it was; {path} has another size; make it again with --overwrite"
+        )
     if record is not None:
         with ThreadPoolExecutor() as pool:
             right = pool.map(lambda file: _is_whole(path, file), record.files.values())
@@ -172,7 +198,10 @@ def is_finished(path: Path, request: Request) -> bool:
     partial = _partial(path)
     if _is_taken(partial) and _is_remains(partial):
         with _locked(partial):
-            shutil.rmtree(partial)
+            journal = Journal.read(partial / "journal")
+            # Those of another request are somebody's work.
+            if journal is None or not request.differences(journal.facts):
+                _discard(partial)
     return True
 
 
@@ -193,9 +222,11 @@ def _request_differs(path: Path, request: Request) -> list[str]:
         return ["all"]
 
 
-def _begin_journal(partial: Path, request: Request, cut: int, *, resume: bool, overwrite: bool) -> Journal:
+def _begin_journal(
+    partial: Path, journal: Journal | None, request: Request, cut: int, *, resume: bool, overwrite: bool
+) -> Journal:
+    """Go on with the journal of an earlier run, or begin a new one."""
     path = partial / "journal"
-    journal = Journal.read(path)
     if journal is not None and resume:
         differs = request.differences(journal.facts)
         if not differs:
@@ -206,9 +237,9 @@ def _begin_journal(partial: Path, request: Request, cut: int, *, resume: bool, o
                 f"a run resumes one of the same request; that of {partial} differs in {', '.join(differs)}; ask for "
                 f"the same, or start anew with --overwrite"
             )
-    for name in ("output", "journal", "journal.partial"):
-        if _is_taken(partial / name):
-            _remove(partial / name)
+    for each in [partial / "journal", partial / "journal.partial", *_outputs(partial)]:
+        if _is_taken(each):
+            _remove(each)
     return Journal.create(path, request, cut)
 
 
@@ -294,7 +325,8 @@ def check_destination(path: Path, *, nbytes: int, resume: bool = False, overwrit
     partial = _partial(path)
     if _is_taken(path) and not overwrite:
         what = "exists, of another request" if resume else "exists"
-        raise OutputExistsError(f"an output is written once; {path} {what}; name another, or pass --overwrite")
+        flags = "--resume --overwrite to go on with what is kept" if _is_taken(partial) else "--overwrite"
+        raise OutputExistsError(f"an output is written once; {path} {what}; name another, or pass {flags}")
     if _is_taken(partial) and not (overwrite or resume):
         raise OutputExistsError(
             f"an output is written once; {partial} holds an interrupted run's remains; pass --resume to go on with "
@@ -316,11 +348,25 @@ def _check_remains(partial: Path) -> int:
     """Return the bytes that an interrupted run's output takes on the disk; OutputExistsError if it is none of ours."""
     if not _is_remains(partial):
         raise OutputExistsError(f"only our own remains are removed; {partial} is none; name another, or move it")
-    output = partial / "output"
-    if output.is_file():
-        # Its blocks were reserved.
-        return output.stat().st_blocks * 512
-    return sum(size for _, size in list_files(output))
+    # The blocks of an `.npy` are reserved.
+    files = [each.stat().st_blocks * 512 for each in _outputs(partial) if each.is_file()]
+    return sum(files) + sum(size for each in _outputs(partial) for _, size in list_files(each))
+
+
+def _outputs(partial: Path) -> list[Path]:
+    """Return the output that is being made, if it is begun."""
+    return sorted(partial.glob("output-*"))
+
+
+def _discard(partial: Path) -> None:
+    """Remove all that was staged, the lock last: who comes meanwhile is kept out by it."""
+    for each in partial.iterdir():
+        if each.name != "lock":
+            _remove(each)
+    (partial / "lock").unlink()
+    # Whoever came between has made a lock of its own.
+    with suppress(OSError):
+        partial.rmdir()
 
 
 def _is_taken(path: Path) -> bool:
@@ -350,7 +396,9 @@ def _is_ours(path: Path) -> bool:
 
 def _is_remains(partial: Path) -> bool:
     """Whether `partial` is what an interrupted run of ours left."""
-    return partial.is_dir() and not partial.is_symlink() and {each.name for each in partial.iterdir()} <= _STAGED
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    return all(_STAGED.fullmatch(each.name) for each in partial.iterdir())
 
 
 def _remove(path: Path) -> None:
@@ -360,11 +408,10 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _put_in_place(partial: Path, path: Path, *, overwrite: bool) -> None:
+def _put_in_place(output: Path, path: Path, *, overwrite: bool) -> None:
     """Rename what is complete; what stood there before, if it may be replaced, is there until the new one is."""
-    output = partial / "output"
     if overwrite and _is_taken(path):
-        _exchange(output, path, aside=partial / "replaced")
+        _exchange(output, path, aside=output.with_name("replaced"))
     elif output.is_dir():
         with _appearing(path):
             output.rename(path)
@@ -378,7 +425,6 @@ def _put_in_place(partial: Path, path: Path, *, overwrite: bool) -> None:
                     raise
                 # A file system without links.
                 output.rename(path)
-    sync_path(path.parent)
 
 
 def _exchange(new: Path, old: Path, *, aside: Path) -> None:
@@ -386,16 +432,22 @@ def _exchange(new: Path, old: Path, *, aside: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None and not renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _EXCHANGE):
         return
-    old.rename(aside)
     try:
+        old.rename(aside)
         new.rename(old)
     except BaseException:
-        aside.rename(old)
+        if not _is_taken(old):
+            aside.rename(old)
         raise
 
 
 def _restore_replaced(partial: Path, path: Path) -> None:
     """Put back the output that an earlier run had taken aside, where it ended before the new one took its place."""
-    if _is_taken(partial / "replaced") and not _is_taken(path):
-        (partial / "replaced").rename(path)
-        sync_path(path.parent)
+    replaced = partial / "replaced"
+    if not _is_taken(replaced):
+        return
+    if _is_taken(path):
+        _remove(replaced)
+        return
+    replaced.rename(path)
+    sync_path(path.parent)

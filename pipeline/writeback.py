@@ -119,6 +119,8 @@ class Storing:
     plan: Plan
     work: Work
     out: Path
+    place: Path
+    """The same, whatever the working directory becomes."""
     order: Order
     resume: bool
     overwrite: bool
@@ -175,9 +177,9 @@ class Storing:
             check_apply_travels(self.work)
         stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
         request = self.request(stamp)
-        if not (self.resume and is_finished(self.out, request)):
+        if not (self.resume and is_finished(self.place, request)):
             with stage_output(
-                self.out,
+                self.place,
                 request,
                 cut=plan.task_windows,
                 nbytes=self.nbytes,
@@ -189,7 +191,7 @@ class Storing:
                 ours = {"kind": "windows", "matrix": plan.matrix.path, "length": plan.length, "order": self.order}
                 files = [*beside, *chain.from_iterable(stage.done.values())]
                 seal_folder(stage.output, files, ours | {"request": request.facts})
-        return zarr.open_group(self.out, mode="r")
+        return zarr.open_group(self.place, mode="r")
 
     def _write(self, stage: Stage, watch: Watch, at_once: int) -> list[FileRecord]:
         """Run the tasks that are not finished yet, and return what was written beside them."""
@@ -218,6 +220,7 @@ def prepare_storing(
 ) -> Storing:
     """Check everything that `store` needs before it begins: files, `apply`, destination, memory."""
     path = Path(path)
+    place = path.absolute()
     if path.suffix != ".zarr":
         raise InputError(f"a result is a Zarr group in a folder; got {path}; name it .zarr")
     check_order(order)
@@ -226,10 +229,10 @@ def prepare_storing(
         check_destination(path, nbytes=0, overwrite=overwrite)
     check_apart(path, plan.matrix.inputs())
     check_files(plan.matrix, plan.sorted_starts, plan.length)
-    storing = Storing(plan, prepare_work(plan, apply), path, order, resume, overwrite)
+    storing = Storing(plan, prepare_work(plan, apply), path, place, order, resume, overwrite)
     stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
-    if not (resume and is_result(path, storing.request(stamp))):
-        check_destination(path, nbytes=storing.nbytes, resume=resume, overwrite=overwrite)
+    if not (resume and is_result(place, storing.request(stamp))):
+        check_destination(place, nbytes=storing.nbytes, resume=resume, overwrite=overwrite)
     storing.footprint()
     return storing
 

@@ -55,9 +55,9 @@ PAIRS = {
     "vectorized": (np.vectorize(scale), np.vectorize(shift)),
     "ufuncs": (np.negative, np.abs),
     "decorated": (decorated(1), decorated(2)),
-    "constants": (eval("lambda block: block * 2"), eval("lambda block: block * 3")),  # noqa: S307
-    "constants within": (eval("lambda b: [x * 2 for x in b]"), eval("lambda b: [x * 3 for x in b]")),  # noqa: S307
-    "defaults": (eval("lambda block, k=2: k"), eval("lambda block, k=3: k")),  # noqa: S307
+    "constants": (eval("lambda block: block * 2"), eval("lambda block: block * 3")),
+    "constants within": (eval("lambda b: [x * 2 for x in b]"), eval("lambda b: [x * 3 for x in b]")),
+    "defaults": (eval("lambda block, k=2: k"), eval("lambda block, k=3: k")),
 }
 
 
@@ -71,7 +71,7 @@ def test_what_a_notebook_defines():
     names = []
     for k, helper in ((1, "b + 1"), (2, "b + 1"), (1, "b + 2"), (1, "b + 1")):
         cell = {"__name__": "no_module"}
-        exec(f"k = {k}\ndef help(b): return {helper}\ndef apply(b): return help(b) * k", cell)  # noqa: S102
+        exec(f"k = {k}\ndef help(b): return {helper}\ndef apply(b): return help(b) * k", cell)
         names.append(name_function(cell["apply"]))
     assert names[0] == names[3]
     assert len(set(names)) == 3

@@ -39,7 +39,7 @@ LAYERS = [
     "arrays hdf5 layout storage",
     "keys",
     "chunks",
-    "journal manifest npy",
+    "identity journal manifest npy",
     "memory files preads record",
     "errors signals sizes",
 ]
@@ -48,7 +48,7 @@ LAYERS = [
 OUTSIDE = {
     "bokeh": "",
     "click": "cli",
-    "cloudpickle": "request tasks",
+    "cloudpickle": "identity request tasks",
     "dask": "bench cluster clusterfile runs tasks",
     "distributed": "cluster dashboard runs",
     "google_crc32c": "chunks decoders encoding inspection record verification",

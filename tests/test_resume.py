@@ -25,8 +25,9 @@ from pipeline.collect import prepare_gathering
 from pipeline.create import plan_creation
 from pipeline.journal import Journal, Request
 from pipeline.npy import read_mark
-from pipeline.record import FileRecord, read_record
+from pipeline.record import FileRecord, read_record, seal_folder
 from pipeline.report import Watch
+from pipeline.shards import Cut, create_array, write_entries
 from pipeline.writeback import prepare_storing
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def test_a_finished_output_is_left_alone(sink: Any, name: str, expected: NDArray
 def test_what_was_kept_is_read_again(sink: Any, name: str, expected: NDArray[Any], folder: Path) -> None:
     with pytest.raises(StopError):
         sink(folder, StoppingWatch(after=4))
-    output = folder / f"{name}.partial" / "output"
+    [output] = (folder / f"{name}.partial").glob("output-*")
     journal = Journal.read(output.parent / "journal")
     assert journal is not None
     [number, *_] = journal.done
@@ -300,7 +301,7 @@ def test_replacing_without_exchange(folder: Path, monkeypatch: pytest.MonkeyPatc
     real = type(folder).rename
 
     def die(path: Path, target: Path) -> Any:
-        if path.name == "output":
+        if path.name.startswith("output-"):
             os._exit(9)
         return real(path, target)
 
@@ -331,6 +332,146 @@ def test_outputs_say_what_they_are(folder: Path) -> None:
     assert read_mark(folder / "out.npy")
     np.save(folder / "mine.npy", EXPECTED)
     assert read_mark(folder / "mine.npy") is None
+
+
+def test_a_late_task_of_an_ended_run_finds_nothing_to_write_into(folder: Path) -> None:
+    """Its client was killed; its worker, elsewhere, knows nothing of that."""
+    given: dict[str, Any] = {"cut": 10, "nbytes": 0, "overwrite": False}
+    arrays = []
+    for compress in (None, "zstd"):
+        request, path = Request({"compress": str(compress)}), folder / f"{compress}.zarr"
+
+        def begin(stage: staging.Stage, compress: Any = compress) -> zarr.Array[Any]:
+            names = ["row", "column"]
+            cut = Cut(8, 32)
+            return create_array(
+                stage.output,
+                shape=A.shape,
+                dtype=A.dtype,
+                cut=cut,
+                compress=compress,
+                dimension_names=names,
+                attributes={},
+            )
+
+        def stop(path: Path = path, request: Request = request, begin: Any = begin) -> None:
+            with staging.stage_output(path, request, resume=False, **given) as stage:
+                arrays.append(begin(stage))
+                stage.finish((0, tuple(write_entries(arrays[-1], 0, 32, lambda a, b: A[a:b]))))
+                raise StopError
+
+        with pytest.raises(StopError):
+            stop()
+        with staging.stage_output(path, request, resume=True, **given) as stage:
+            before = sorted(folder.rglob("*"))
+            with pytest.raises(pipeline.OpenError, match="its run has ended"):
+                write_entries(arrays[-1], 32, 64, lambda a, b: -A[a:b])
+            assert sorted(folder.rglob("*")) == before
+            begin(stage)
+            seal_folder(stage.output, [file for files in stage.done.values() for file in files], {})
+        with pytest.raises(pipeline.OpenError, match="its run has ended"):
+            write_entries(arrays[-1], 32, 64, lambda a, b: -A[a:b])
+        assert not path.with_name(f"{path.name}.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["ours", "zarr's"])
+def test_what_a_lost_worker_was_writing_is_swept(folder: Path, kind: str) -> None:
+    left = f"0.{'5' * 32}.partial" if kind == "ours" else f"{'a' * 32}.{'5' * 32}.partial"
+
+    class Losing(Watch):
+        def task_done(self, receipt: Any) -> None:
+            [output] = (folder / "out.zarr.partial").glob("output-*")
+            (output / "windows" / left).write_bytes(b"half")
+            Watch.task_done(self, receipt)
+
+    np.testing.assert_array_equal(store(folder, Losing()), EXPECTED)
+
+
+def test_an_npy_that_was_cut_is_not_finished(folder: Path) -> None:
+    plan = pipeline.plan_windows(pipeline.open_matrix(folder / "A.zarr"), STARTS, length=LENGTH)
+    made = pipeline.gather(plan, out=folder / "out.npy")
+    made *= 2
+    np.testing.assert_array_equal(np.load(folder / "out.npy"), EXPECTED)
+    os.truncate(folder / "out.npy", 1000)
+    with pytest.raises(pipeline.IntegrityError, match="another size"):
+        pipeline.gather(plan, out=folder / "out.npy", resume=True)
+    np.testing.assert_array_equal(pipeline.gather(plan, out=folder / "out.npy", overwrite=True), EXPECTED)
+
+
+@every_sink
+def test_the_working_directory_may_change(
+    sink: Any, name: str, expected: NDArray[Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "elsewhere").mkdir()
+
+    @dataclass(slots=True)
+    class Moving(Watch):
+        def task_done(self, receipt: Any) -> None:
+            os.chdir(folder / "elsewhere")
+            Watch.task_done(self, receipt)
+
+    monkeypatch.chdir(folder)
+    matrix, given = pipeline.open_matrix(folder / "A.zarr"), {"resume": False, "overwrite": False}
+    plan = pipeline.plan_windows(matrix, STARTS, length=LENGTH)
+    if sink is gather:
+        prepare_gathering(plan, apply=None, out=name, **given).run(Moving())
+    elif sink in (store, store_sorted):
+        prepare_storing(plan, name, apply=None, order="request" if sink is store else "chunk", **given).run(Moving())
+    else:
+        settings = {"dtype": None, "row_shape": None, "dataset": None, "axis": 0, "seed": 0, "length": LENGTH}
+        settings |= {"shard_rows": 96, "chunk_rows": 8, "memory": None}
+        settings["compress"] = "zstd" if sink is create_compressed else None
+        assert plan_creation(folder / "A.npy", name, **settings, **given).run(Moving()).path == name
+    assert not list((folder / "elsewhere").iterdir())
+    os.chdir(folder)
+    np.testing.assert_array_equal(sink(folder, Watch(), resume=True), expected)
+
+
+def test_the_note_says_how_to_go_on(folder: Path) -> None:
+    store(folder, Watch(), apply=np.negative)
+    with pytest.raises(StopError) as stopped:
+        store(folder, StoppingWatch(after=2), overwrite=True)
+    assert stopped.value.__notes__ == ["2 tasks finished and kept; go on with --resume --overwrite"]
+    with pytest.raises(pipeline.OutputExistsError, match="--resume --overwrite to go on"):
+        store(folder, Watch(), resume=True)
+    # The finished one of another request has no say over them.
+    store(folder, again := StoppingWatch(), apply=np.negative, resume=True)
+    assert again.tasks == 0
+    second = StoppingWatch()
+    np.testing.assert_array_equal(store(folder, second, resume=True, overwrite=True), EXPECTED)
+    assert second.kept_tasks == 2
+
+
+def test_a_failure_after_the_end_says_that_the_output_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_partial: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_discard", fail)
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            store(folder, Watch())
+    assert "is complete all the same" in interrupted.value.__notes__[0]
+    np.testing.assert_array_equal(store(folder, Watch(), resume=True), EXPECTED)
+    assert "out.zarr.partial" not in names(folder)
+
+
+def test_a_journal_without_its_output(folder: Path) -> None:
+    with pytest.raises(StopError):
+        store(folder, StoppingWatch(after=3))
+    [output] = (folder / "out.zarr.partial").glob("output-*")
+    shutil.rmtree(output)
+    second = StoppingWatch()
+    np.testing.assert_array_equal(store(folder, second, resume=True), EXPECTED)
+    assert second.kept_tasks == 0
+
+
+def test_an_old_output_that_was_taken_aside_in_vain(folder: Path) -> None:
+    store(folder, Watch())
+    (folder / "out.zarr.partial" / "replaced").mkdir(parents=True)
+    with pytest.raises(pipeline.OutputExistsError):
+        store(folder, Watch())
+    np.testing.assert_array_equal(store(folder, Watch(), overwrite=True), EXPECTED)
+    assert "out.zarr.partial" not in names(folder)
 
 
 def test_only_marked_files_are_replaced(folder: Path) -> None:

@@ -167,7 +167,8 @@ class Outputs(RuleBasedStateMachine):
     def interrupt(self, name: str, calls: int, where: int, how: str) -> None:
         """Killed, what was left damaged, and resumed."""
         self.run(name, "few", resume=False, overwrite=True, calls=calls)
-        self._damage(self.folder / f"{name}.partial" / "output", where, how)
+        for output in (self.folder / f"{name}.partial").glob("output-*"):
+            self._damage(output, where, how)
         self.run(name, "few", resume=True, overwrite=True, calls=None)
 
     def read(self, name: str) -> NDArray[Any] | None:
