@@ -44,7 +44,10 @@ def digest_array(array: NDArray[Any]) -> str:
 
 
 class Journal:
-    """The journal of one run; opened by `create` or `read`. Each line is on the disk when `append` returns."""
+    """The journal of one run; opened by `create` or `read`.
+
+    A line outlives the process when `append` returns. One that a crash of the machine loses costs its task once more.
+    """
 
     facts: Any
     """Of the request that it belongs to."""
@@ -102,5 +105,7 @@ class Journal:
 def _write(path: Path, mode: str, entries: list[dict[str, Any]]) -> None:
     with path.open(mode) as file:
         file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
-        file.flush()
-        os.fsync(file.fileno())
+        if mode == "wb":
+            # It takes the place of one that is whole.
+            file.flush()
+            os.fsync(file.fileno())

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.errors import IntegrityError, OpenError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -61,13 +61,13 @@ class Record:
     """The metadata of the root are those that were sealed."""
 
 
-def record_file(root: Path, key: str) -> FileRecord:
-    """Read a file below `root`, and tell what it holds now; OSError as the system says it."""
+def record_file(root: Path, key: str, *, extend: Callable[[int, Any], int] = extend_crc32) -> FileRecord:
+    """Read a file below `root`, and tell what it holds now, by another checksum if wanted; OSError as it comes."""
     checksum = nbytes = 0
     buffer = np.empty(_STEP_NBYTES, np.uint8)
     with (root / key).open("rb", buffering=0) as file:
         while got := file.readinto(buffer):
-            checksum = extend_crc32(checksum, buffer[:got])
+            checksum = extend(checksum, buffer[:got])
             nbytes += got
     return FileRecord(key, nbytes, checksum)
 
