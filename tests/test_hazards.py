@@ -57,7 +57,7 @@ def test_output_chunks_of_many_matrix_chunks(
     monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
     monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 20)
     generator = np.random.default_rng(0)
-    for number in range(20):
+    for number in range(20 if matrix.layout.shard_rows else 5):
         four = [generator.choice(len(A) // CHUNK - 1, 4, replace=False) for _ in range(20)]
         starts = np.array([chunk * CHUNK + generator.integers(CHUNK) for chunks in four for chunk in chunks])
         plan = pipeline.plan_windows(matrix, starts, length=LENGTH)

@@ -543,7 +543,7 @@ def test_killed_after_every_marker(sink: Any, name: str, expected: NDArray[Any],
     finished: list[int] = []
     before = names(folder)
     while True:
-        command = [sys.executable, "-c", KILLED, sink.__name__, str(folder), "2"]
+        command = [sys.executable, "-c", KILLED, sink.__name__, str(folder), "3"]
         ran = subprocess.run(
             command,
             capture_output=True,
@@ -595,7 +595,7 @@ def test_the_nth_operation_fails(
     before = names(folder)
     calls = ("write", "fsync", "rename", "mkdir", "open")
     failed = 0
-    for number in range(1, 4000, 1 if sink is gather else 7 if for_good else 5):
+    for number in range(1, 4000, 1 if sink is gather else 13 if for_good else 11):
         counter = FailingCalls(number, for_good)
         with monkeypatch.context() as patch:
             for call in calls:
