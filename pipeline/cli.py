@@ -347,8 +347,8 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
     """
     begin = time.perf_counter()
     with _loading(), _foreign_output_diverted():
+        from pipeline.capacity import active_client, count_threads
         from pipeline.memory import PeakMemory
-        from pipeline.runs import active_client, count_threads
 
         matrix, sink = _prepare(**arguments)
     ready = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
 from pipeline.cluster import check_client
 from pipeline.errors import InputError, IntegrityError
 from pipeline.identity import name_function
@@ -18,16 +19,7 @@ from pipeline.npy import create_npy, map_npy, mark_npy, reopen_npy
 from pipeline.readers import check_files
 from pipeline.record import record_entries
 from pipeline.report import Watch
-from pipeline.runs import (
-    active_client,
-    close_run,
-    count_threads,
-    fit_memory,
-    open_run,
-    run_tasks,
-    shares_memory,
-    writing,
-)
+from pipeline.runs import close_run, open_run, run_tasks, writing
 from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
 from pipeline.stamps import stamp_matrix
 from pipeline.tasks import Apply, Receipt, Work, check_apply_travels, make_block, name_tasks, prepare_work, read_windows
@@ -37,8 +29,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.capacity import Footprint
     from pipeline.plan import Cost, Plan, Task
-    from pipeline.runs import Footprint
     from pipeline.staging import Stage
     from pipeline.stamps import Stamp
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
 from pipeline.encoding import slab_nbytes, writing_nbytes
 from pipeline.errors import InputError
 from pipeline.journal import Request
@@ -19,7 +20,7 @@ from pipeline.matrix import Matrix, html_table, local_folder, open_matrix
 from pipeline.memory import budget, parse_size
 from pipeline.record import seal_folder
 from pipeline.report import Watch
-from pipeline.runs import Footprint, active_client, count_threads, fit_memory, open_run, run_tasks, writing
+from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, create_array, cut_rows, write_entries
 from pipeline.sizes import count_of, format_size
 from pipeline.sources import Source, open_source

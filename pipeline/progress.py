@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
+from pipeline.capacity import active_client, count_threads
 from pipeline.report import STAGES, Watch
-from pipeline.runs import active_client, count_threads
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:

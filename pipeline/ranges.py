@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.manifest import RANGE_NBYTES
-from pipeline.runs import active_client, count_threads, fit_memory, run_tasks
+from pipeline.runs import run_tasks
 from pipeline.sizes import MIB
 from pipeline.tasks import name_tasks
 

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
 from pipeline.encoding import writing_nbytes
 from pipeline.errors import InputError
 from pipeline.identity import name_function
@@ -15,7 +16,7 @@ from pipeline.journal import Request, digest_array
 from pipeline.readers import check_files
 from pipeline.record import seal_folder
 from pipeline.report import Watch
-from pipeline.runs import active_client, count_threads, fit_memory, open_run, run_tasks, shares_memory, writing
+from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import create_array, cut_results, write_entries
 from pipeline.sizes import MIB
 from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
+    from pipeline.capacity import Footprint
     from pipeline.plan import Cost, Order, Plan, Task
     from pipeline.record import FileRecord
-    from pipeline.runs import Footprint
     from pipeline.staging import Stage
     from pipeline.stamps import Stamp
     from pipeline.tasks import Apply, Receipt, Work

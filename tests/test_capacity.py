@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import runs
+from pipeline import capacity
 from pipeline.errors import BudgetError
 from pipeline.memory import Budget
 from pipeline.sizes import MIB
@@ -12,8 +12,8 @@ from pipeline.sizes import MIB
 
 @pytest.fixture
 def ten_gib(monkeypatch):
-    monkeypatch.setattr(runs, "budget", lambda limit: Budget(limit or 10240 * MIB, "a limit"))
-    monkeypatch.setattr(runs, "held_nbytes", lambda: 0)
+    monkeypatch.setattr(capacity, "budget", lambda limit: Budget(limit or 10240 * MIB, "a limit"))
+    monkeypatch.setattr(capacity, "held_nbytes", lambda: 0)
 
 
 @pytest.mark.usefixtures("ten_gib")
@@ -29,11 +29,11 @@ def ten_gib(monkeypatch):
     ],
 )
 def test_memory_bounds_the_tasks_that_are_under_way(threads, limit, enough, at_once, peak):
-    footprint = runs.fit_memory(200 * MIB, limit, threads=threads, what="a task", enough=enough)
+    footprint = capacity.fit_memory(200 * MIB, limit, threads=threads, what="a task", enough=enough)
     assert (footprint.at_once, footprint.peak_nbytes) == (at_once, peak * MIB)
 
 
 @pytest.mark.usefixtures("ten_gib")
 def test_what_does_not_fit_is_refused():
     with pytest.raises(BudgetError, match="a task needs 264 MiB, a limit allows 263 MiB; raise the limit"):
-        runs.fit_memory(200 * MIB, 263 * MIB, threads=2, what="a task")
+        capacity.fit_memory(200 * MIB, 263 * MIB, threads=2, what="a task")

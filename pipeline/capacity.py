@@ -1,0 +1,114 @@
+"""Where tasks run: on which scheduler, how many at once, and in how much memory."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from dask import config as dask_config
+from dask import local, threaded
+from dask.base import get_scheduler
+
+from pipeline.errors import BudgetError, InputError
+from pipeline.memory import budget, held_nbytes
+from pipeline.sizes import MIB, format_size
+
+_OWN_NBYTES = 64 * MIB
+"""What the interpreter grows by while it runs: a cluster's threads, buffers, the code of what is imported late."""
+
+
+def active_client() -> Any:
+    """Return the active `distributed.Client`, or None where tasks run on a scheduler of Dask's own."""
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import Client, get_worker
+
+    with suppress(ValueError):
+        # Inside of a task the cluster's threads may all be waiting, this one among them: use Dask's own scheduler.
+        get_worker()
+        return None
+    if dask_config.get("scheduler", None) not in (None, "dask.distributed", "distributed"):
+        return None
+    try:
+        client = Client.current()
+    except ValueError:
+        return None
+    if client.asynchronous:
+        raise InputError("tasks run on a synchronous client; got an asynchronous one; call this from a plain thread")
+    return client
+
+
+def shares_memory(client: Any) -> bool:
+    """Whether tasks run in this process, so that they can write straight into an array of it."""
+    if client is None:
+        return get_scheduler() in (None, threaded.get, local.get_sync)
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    return bool(addresses) and all(address.startswith("inproc://") for address in addresses)
+
+
+def count_threads(client: Any) -> int:
+    """Tasks that run at once."""
+    if client is not None:
+        threads: dict[str, int] = client.nthreads()
+        return sum(threads.values()) or 1
+    from dask.system import CPU_COUNT
+
+    return int(dask_config.get("num_workers", None) or CPU_COUNT)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """How much of a run is under way at once, and the memory that this takes."""
+
+    at_once: int
+    """Tasks that are under way, or whose results are not yet taken."""
+    peak_nbytes: int
+    """Memory of all processes of this run on this machine, at its peak."""
+
+
+def fit_memory(
+    task_nbytes: int,
+    limit: int | None,
+    *,
+    threads: int,
+    what: str,
+    held: int = 0,
+    enough: int | None = None,
+    way_out: str = "raise the limit",
+) -> Footprint:
+    """Choose how many tasks are under way at once: two a thread, so that none waits, or as many as memory allows.
+
+    Parameters
+    ----------
+    task_nbytes
+        Memory of one task.
+    limit
+        Bytes that the user allows, None for the machine's own limits alone.
+    threads
+        Tasks that run at once.
+    what
+        Names the request in the error.
+    held
+        Bytes that are held all the while: the result.
+    enough
+        Bytes that more tasks at once should not pass where the user sets no limit.
+    way_out
+        Ends the error.
+
+    Raises
+    ------
+    BudgetError
+        If not even one task fits beside what is held.
+    """
+    allowed = budget(limit)
+    needed = held_nbytes() + _OWN_NBYTES + held + task_nbytes
+    if needed > allowed.nbytes:
+        raise BudgetError(
+            f"a run fits its memory; {what} needs {format_size(needed)}, {allowed.source} allows "
+            f"{format_size(allowed.nbytes)}; {way_out}"
+        )
+    most = allowed.nbytes if enough is None or limit is not None else min(allowed.nbytes, max(needed, enough))
+    at_once = min(2 * threads, 1 + (most - needed) // max(1, task_nbytes))
+    return Footprint(at_once, needed + (min(at_once, threads) - 1) * task_nbytes)
