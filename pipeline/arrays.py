@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError
+from pipeline.locations import AccessError, Url, name_store, plain, say_failure, store_error
 from pipeline.memory import budget
+from pipeline.notice import read_notice
 from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
+    from zarr.abc.store import Store
+
+    from pipeline.locations import Location
 
 FUSED_PIPELINE = "zarr.core.codec_pipeline.FusedCodecPipeline"
 """The codec pipeline of zarr that works in the calling thread; about 1.7 times as fast here as its default."""
@@ -36,13 +43,101 @@ def open_array(path: Path) -> zarr.Array[Any]:
     if not any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
         raise OpenError(f"a Zarr array has a zarr.json or .zarray; {path} has neither; name a folder that has")
     node = open_node(path)
-    if isinstance(node, zarr.Array):
-        return node
-    names = sorted(name for name, member in node.members(max_depth=None) if isinstance(member, zarr.Array))
+    return node if isinstance(node, zarr.Array) else _refuse_group(node, str(path))
+
+
+def open_stored(store: Store, name: str) -> zarr.Array[Any]:
+    """Open the Zarr array at the root of a store, for reading; the errors of `open_root`, and OpenError for a group."""
+    import zarr
+
+    node = open_root(store, name)
+    return node if isinstance(node, zarr.Array) else _refuse_group(node, name)
+
+
+def open_root(store: Store, name: str) -> zarr.Array[Any] | zarr.Group:
+    """Open the Zarr array or group at the root of a store, by as few requests as there can be: one, for v3.
+
+    Parameters
+    ----------
+    name
+        For messages.
+
+    Raises
+    ------
+    NotFoundError
+        If there is none.
+    OpenError
+        If the store fails, metadata cannot be parsed, or an output is being replaced.
+    """
+    import zarr
+    from zarr.storage import StorePath
+
+    found, denied = None, None
+    first = hurried(store)
+    for key in ("zarr.json", ".zarray", ".zgroup"):
+        try:
+            found = read_key(first, key)
+        except AccessError as error:
+            # Who may not list a bucket is refused what is not there.
+            denied = denied or error
+        if found is not None:
+            break
+    if found is None:
+        raise denied or NotFoundError(f"a matrix is there before it is opened; nothing is at {name}; check the name")
+    if read_notice(found):
+        raise OpenError(
+            f"an output is read once it is whole; {name} is being replaced by another; wait, or, where that was "
+            f"interrupted, make it with --resume or --overwrite"
+        )
+    try:
+        if key == "zarr.json" and (document := json.loads(found)).get("node_type") == "array":
+            return zarr.Array.from_dict(StorePath(store), document)
+        return zarr.open(store=store, mode="r", zarr_format=3 if key == "zarr.json" else 2)
+    except Exception as error:  # noqa: BLE001 (zarr raises what its parsers raise)
+        raise _unreadable(name, error) from plain(error)
+
+
+def hurried(store: Store) -> Store:
+    """Return a store that gives up within seconds, where it can: who asks for the first time wants to know soon."""
+    made: Store = getattr(store, "hurried", lambda: store)()
+    return made
+
+
+def read_key(store: Store, key: str) -> bytes | None:
+    """Return the bytes under a key of a store; None where it is absent.
+
+    Raises
+    ------
+    AccessError
+        If the store refuses.
+    OpenError
+        If it fails.
+    """
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    try:
+        buffer = sync(store.get(key, default_buffer_prototype()))
+    except Exception as error:  # noqa: BLE001 (a store raises what it likes)
+        raise store_error("a store can be read", f"{name_store(store)}/{key}", error) from plain(error)
+    return None if buffer is None else buffer.to_bytes()
+
+
+def _refuse_group(group: zarr.Group, name: str) -> NoReturn:
+    import zarr
+
+    names: list[str] = []
+    # Web servers cannot tell what they have.
+    with contextlib.suppress(Exception):
+        names = sorted(each for each, member in group.members(max_depth=None) if isinstance(member, zarr.Array))
     held = f"with the arrays {', '.join(names[:_LISTED])}" if names else "without arrays"
     held += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    way_out = f"write {path / names[0]}" if names else "name another folder"
-    raise OpenError(f"a matrix is one Zarr array; {path} is a group {held}; {way_out}")
+    way_out = f"write {name}/{names[0]}" if names else "name another folder"
+    raise OpenError(f"a matrix is one Zarr array; {name} is a group {held}; {way_out}")
+
+
+def _unreadable(name: str, error: Exception) -> OpenError:
+    return OpenError(f"Zarr metadata are readable; {name}: {say_failure(error)[:200]}; restore them")
 
 
 def open_node(folder: Path) -> zarr.Array[Any] | zarr.Group:
@@ -52,8 +147,7 @@ def open_node(folder: Path) -> zarr.Array[Any] | zarr.Group:
     try:
         return zarr.open(store=folder.absolute(), mode="r")
     except Exception as error:  # zarr raises what its parsers raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise OpenError(f"Zarr metadata are readable; {folder}: {reason}; restore them") from error
+        raise _unreadable(str(folder), error) from error
 
 
 def reading_config(array: zarr.Array[Any], *, fills: bool = False) -> zarr.Array[Any]:
@@ -66,6 +160,13 @@ def reading_config(array: zarr.Array[Any], *, fills: bool = False) -> zarr.Array
     # An array takes its codec pipeline from the configuration in force when it is made, and keeps it when pickled.
     with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
         return array.with_config({"read_missing_chunks": fills})
+
+
+def without_attributes(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """Return the same array without its attributes, which in those of ours name every file: tasks carry it."""
+    twin = copy(array.async_array)
+    object.__setattr__(twin, "metadata", twin.metadata.update_attributes({}))
+    return type(array)(twin)
 
 
 def check_decodable(array: zarr.Array[Any], name: str) -> tuple[int, ...]:
@@ -88,6 +189,13 @@ def check_decodable(array: zarr.Array[Any], name: str) -> tuple[int, ...]:
     return shape
 
 
+def may_lack_chunks(array: zarr.Array[Any]) -> bool:
+    """Tell whether its keys may leave out chunks, which zarr then fills: shards may."""
+    from zarr.codecs import ShardingCodec
+
+    return any(isinstance(codec, ShardingCodec) for codec in getattr(array.metadata, "codecs", ()))
+
+
 def read_present(array: zarr.Array[Any], selection: tuple[slice, ...], *, checked: bool = False) -> NDArray[Any]:
     """Read part of an array of `reading_config`, refusing inner chunks that its shards lack.
 
@@ -104,11 +212,8 @@ def read_present(array: zarr.Array[Any], selection: tuple[slice, ...], *, checke
     IntegrityError
         If the two readings differ.
     """
-    from zarr.codecs import ShardingCodec
-
     block = np.asarray(array[selection])
-    codecs = getattr(array.metadata, "codecs", ())
-    if checked or not any(isinstance(codec, ShardingCodec) for codec in codecs):
+    if checked or not may_lack_chunks(array):
         return block
     inner: Any = array.async_array
     fill: Any = array.metadata.dtype.cast_scalar(0)
@@ -124,13 +229,30 @@ def read_present(array: zarr.Array[Any], selection: tuple[slice, ...], *, checke
     return block
 
 
+def local_folder(array: zarr.Array[Any]) -> Path | None:
+    """Folder that an array lies in; None where its store is not on a local disk."""
+    from zarr.storage import LocalStore
+
+    store = array.store_path.store
+    return Path(store.root, array.path) if isinstance(store, LocalStore) else None
+
+
+def locate_array(array: zarr.Array[Any]) -> Location | None:
+    """Folder or URL that an array lies at; None where its store does not tell."""
+    url = getattr(array.store, "url", None)
+    return url.child(array.path) if isinstance(url, Url) else local_folder(array)
+
+
 def count_nbytes(array: zarr.Array[Any]) -> int:
     """Count the bytes that an array takes in its store."""
     from zarr.storage import LocalStore
 
     store = array.store_path.store
     if not isinstance(store, LocalStore):
-        return array.nbytes_stored()
+        try:
+            return array.nbytes_stored()
+        except Exception:  # noqa: BLE001 (a store raises what it likes, where it cannot be listed)
+            return array.nbytes
     # The same number without a coroutine for each file.
     folders = os.walk(store.root / array.store_path.path)
     return sum(Path(folder, name).stat().st_size for folder, _, names in folders for name in names)

@@ -97,19 +97,25 @@ class ShardIndex:
         """
         if len(raw) != self.nbytes:
             has = len(raw) if size is None else size
-            raise IntegrityError(f"a shard holds its index; {name} has {has} bytes, its index {self.nbytes}")
+            raise IntegrityError(
+                f"a shard holds its index; {name} has {has} bytes, its index {self.nbytes}; restore it"
+            )
         entries = raw
         if self.checksum:
             entries = raw[:-CHECKSUM_NBYTES]
             if google_crc32c.value(entries) != int.from_bytes(raw[-CHECKSUM_NBYTES:], "little"):
-                raise IntegrityError(f"a shard's index matches its checksum; that of {name} does not: torn or corrupt")
+                raise IntegrityError(
+                    f"a shard's index matches its checksum; that of {name} does not: torn or corrupt; restore it"
+                )
         index = np.frombuffer(entries, dtype="<u8").reshape(self.chunks, 2)
         absent = (index == _ABSENT).all(axis=1)
         end = _MOST_NBYTES if size is None else size
         # Compared one by one, since a corrupt offset plus its size may pass 2**64.
         inside = (index[:, 0] <= end) & (index[:, 1] <= end) & (index[:, 0] <= end - np.minimum(index[:, 1], end))
         if not (inside | absent).all():
-            raise IntegrityError(f"a shard's index points into its file; that of {name} points past its {end} bytes")
+            raise IntegrityError(
+                f"a shard's index points into its file; that of {name} points past its {end} bytes; restore it"
+            )
         return np.where(absent[:, None], np.int64(-1), index.astype(np.int64))
 
 

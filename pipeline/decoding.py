@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.arrays import read_present
+from pipeline.arrays import may_lack_chunks, read_present
 from pipeline.decoders import chunk_decoder, fill_value
-from pipeline.errors import IntegrityError
+from pipeline.errors import IntegrityError, PipelineError
+from pipeline.fetching import in_flight, in_order
 from pipeline.layout import Files
-from pipeline.plan import GAP_NBYTES, READ_NBYTES
+from pipeline.locations import is_store_failure, plain, say_failure, store_error
+from pipeline.plan import GAP_NBYTES, IN_FLIGHT_NBYTES, JOINED_NBYTES, READ_NBYTES, REQUEST_NBYTES
 from pipeline.preads import Reading, announce, open_file, read_fully
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     import zarr
     from numpy.typing import NDArray
 
+    from pipeline.fetching import Sized
     from pipeline.keys import Keys
 
 _OPEN_FILES = 64
@@ -47,7 +51,7 @@ def decoding_reader(
     whole_rows = all(chunk >= size for chunk, size in zip(array.chunks[1:], array.shape[1:], strict=True))
     known = array.shards is None or files.index is not None
     through_array = ArrayReader(array, chunk_rows, row_nbytes, files)
-    if not isinstance(files, Files) or not known or not whole_rows or chunk_decoder(array) is None:
+    if not known or not whole_rows or chunk_decoder(array) is None:
         return through_array
     reader = ChunkReader(array, files, chunk_rows, row_nbytes)
     # Decoding a chunk alone is no public part of zarr: before it is trusted with all windows, both ways must agree.
@@ -60,14 +64,15 @@ def decoding_reader(
 
 @dataclass(frozen=True, slots=True)
 class ChunkReader:
-    """Chunks of whole rows in local files: read by their bytes, decoded in the calling thread.
+    """Chunks of whole rows, read by their bytes, decoded in the calling thread.
 
     Zarr's own way to an array goes through one event-loop thread, and through one call for each run of adjacent
-    chunks. Here every thread of Dask decodes for itself, and the kernel knows all ranges of the task beforehand.
+    chunks. Here every thread of Dask decodes for itself, and the kernel knows all ranges of the task beforehand; of a
+    store, many are asked for at once.
     """
 
-    array: zarr.Array[Any]
-    files: Files
+    array: zarr.Array[Any] = field(repr=False)
+    files: Files | Keys
     chunk_rows: int
     row_nbytes: int
 
@@ -87,7 +92,9 @@ class ChunkReader:
         most = max(map(len, runs))
         scratch = np.empty((most, *self.array.chunks), out.dtype)
         nbytes_read, decode_seconds = 0, 0.0
-        chunks = self._read_chunks(touched)
+        chunks = (
+            self._read_files(touched, self.files) if isinstance(self.files, Files) else self._fetch(touched, self.files)
+        )
         for run, bound in zip(runs, bounds, strict=True):
             for decoded, (encoded, spent, chunk, name) in zip(scratch, islice(chunks, len(run)), strict=False):
                 nbytes_read += spent
@@ -110,15 +117,14 @@ class ChunkReader:
             windows.copy(decoded_rows[: rows - first, *inside], first, bound)
         return Reading(nbytes_read, decode_seconds)
 
-    def _read_chunks(self, touched: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.uint8] | None, int, int, str]]:
+    def _read_files(self, touched: NDArray[np.int64], files: Files) -> Iterator[_Encoded]:
         """Yield each chunk's encoded bytes, which hold until the next one; bytes read for it; its number and file.
 
         None stands for the bytes of a chunk that reads as the fill value.
         """
-        chunks_per_file = self.files.file_rows // self.chunk_rows
+        chunks_per_file = files.file_extents
         numbers = touched // chunks_per_file
-        borders = np.flatnonzero(np.diff(numbers)) + 1
-        edges = [0, *borders.tolist(), len(touched)]
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(touched)]
         buffer = np.empty(0, np.uint8)
         spent = 0
         for group in range(0, len(edges) - 1, _OPEN_FILES):
@@ -127,42 +133,74 @@ class ChunkReader:
                 found = []
                 for begin, end in pairwise(stops):
                     number = int(numbers[begin])
-                    path = self.files.path(number)
-                    name = self.files.name(path, number)
-                    if self.files.fills and self.files.is_absent(path):
-                        found.append((-1, name, _join_ranges(touched[begin:end].tolist(), [_ABSENT] * (end - begin))))
+                    path = files.path(number)
+                    name = files.name(path, number)
+                    chunks = touched[begin:end]
+                    if files.fills and files.is_absent(path):
+                        found.append((-1, name, _join_ranges(chunks.tolist(), [_ABSENT] * len(chunks))))
                         continue
                     fd = open_file(path, name)
                     opened.callback(os.close, fd)
-                    ranges, index_nbytes = self._ranges(fd, touched[begin:end] - number * chunks_per_file, number, name)
-                    spent += index_nbytes
-                    calls = _join_ranges(touched[begin:end].tolist(), ranges)
+                    if files.index is None:
+                        ranges = [(0, os.fstat(fd).st_size)]
+                    else:
+                        ranges = self._ranges(files.index.read(fd, name), chunks, name)
+                        spent += files.index.nbytes
+                    calls = _join_ranges(chunks.tolist(), ranges)
                     announce(fd, ((offset, nbytes) for offset, nbytes, _ in calls if nbytes >= 0))
                     found.append((fd, name, calls))
                 for fd, name, calls in found:
-                    for offset, nbytes, chunks in calls:
+                    for offset, nbytes, parts in calls:
                         if nbytes < 0:
-                            yield None, spent, chunks[0][0], name
+                            yield None, spent, parts[0][0], name
                             spent = 0
                             continue
                         if nbytes > len(buffer):
                             buffer = np.empty(nbytes, np.uint8)
                         read_fully(fd, [memoryview(buffer[:nbytes])], offset, nbytes, name)
                         spent += nbytes
-                        for chunk, begin, end in chunks:
+                        for chunk, begin, end in parts:
                             yield buffer[begin:end], spent, chunk, name
                             spent = 0
 
-    def _ranges(self, fd: int, chunks: NDArray[np.int64], number: int, name: str) -> tuple[list[tuple[int, int]], int]:
-        """Offset and size of chunks within their file, or `_ABSENT`, and the bytes that were read to know them."""
-        if self.files.index is None:
-            return [(0, os.fstat(fd).st_size)], 0
-        index = self.files.index.read(fd, name)[chunks]
-        absent = np.flatnonzero(index[:, 1] < 0)
+    def _fetch(self, touched: NDArray[np.int64], keys: Keys) -> Iterator[_Encoded]:
+        """Yield each chunk of a store as `_read_files` does; requests for those to come are under way."""
+        spent = 0
+        with closing(in_order(self._requests(touched, keys), most_nbytes=IN_FLIGHT_NBYTES)) as results:
+            for (read, nbytes), name, parts in results:
+                spent += nbytes
+                for chunk, begin, end in parts:
+                    yield None if read is None else read[begin:end], spent, chunk, name
+                    spent = 0
+
+    def _requests(self, touched: NDArray[np.int64], keys: Keys) -> Iterator[Sized[_Fetched]]:
+        """Yield the requests for chunks; where they lie in shards, the indexes of these are read ahead."""
+        numbers = touched // keys.file_extents
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(touched)]
+        parts = [(int(numbers[begin]), touched[begin:end]) for begin, end in pairwise(edges)]
+        if keys.index is None:
+            decoded_nbytes = self.chunk_rows * self.row_nbytes
+            for number, [chunk] in parts:
+                yield decoded_nbytes, partial(_fetch_file, keys, number, int(chunk))
+            return
+        sized = ((keys.index.nbytes, partial(keys.fetch_index, keys.path(number), number)) for number, _ in parts)
+        with closing(in_order(sized, most_nbytes=IN_FLIGHT_NBYTES)) as indexes:
+            for (number, chunks), (index, index_nbytes) in zip(parts, indexes, strict=True):
+                name = keys.name(keys.path(number), number)
+                ranges = self._ranges(index, chunks, name)
+                calls = _join_ranges(chunks.tolist(), ranges, gap=JOINED_NBYTES, most=REQUEST_NBYTES)
+                for place, call in enumerate(calls):
+                    spent = 0 if place else index_nbytes
+                    yield max(0, call[1]), partial(_fetch_range, keys, number, call, name, spent)
+
+    def _ranges(self, index: NDArray[np.int64], chunks: NDArray[np.int64], name: str) -> list[tuple[int, int]]:
+        """Offset and size of chunks within their shard, or `_ABSENT`."""
+        entries = index[chunks % self.files.file_extents]
+        absent = np.flatnonzero(entries[:, 1] < 0)
         if len(absent) and not self.files.fills:
-            chunk = number * (self.files.file_rows // self.chunk_rows) + int(chunks[absent[0]])
+            chunk = int(chunks[absent[0]])
             raise IntegrityError(f"every chunk is there; {self._name(name, chunk)} is absent; restore the shard")
-        return [(offset, nbytes) for offset, nbytes in index.tolist()], self.files.index.nbytes
+        return [(offset, nbytes) for offset, nbytes in entries.tolist()]
 
     def _name(self, name: str, chunk: int) -> str:
         if self.files.index is None:
@@ -174,17 +212,43 @@ class ChunkReader:
 _ABSENT = (-1, -1)
 """Range of a chunk that is not there, as the index of a shard gives it."""
 
-type _Call = tuple[int, int, list[tuple[int, int, int]]]
-"""Offset in the file, bytes in all, and the number of each chunk with its first byte within them and its end."""
+type _Parts = list[tuple[int, int, int]]
+"""The number of each chunk with its first byte within those that are read together, and its end."""
+
+type _Call = tuple[int, int, _Parts]
+"""Offset in the file, and bytes in all."""
+
+type _Encoded = tuple[NDArray[np.uint8] | None, int, int, str]
+"""A chunk's bytes, or None where it reads as the fill value; bytes read for it; its number and file."""
+
+type _Fetched = tuple[tuple[NDArray[np.uint8] | None, int], str, _Parts]
+"""What was read, and its bytes, those of an index among them; of which file; and its chunks."""
 
 
-def _join_ranges(chunks: list[int], ranges: list[tuple[int, int]]) -> list[_Call]:
+async def _fetch_file(keys: Keys, number: int, chunk: int) -> _Fetched:
+    read = await keys.fetch_file(number)
+    nbytes = 0 if read is None else len(read)
+    return (read, nbytes), keys.name(keys.path(number), number), [(chunk, 0, nbytes)]
+
+
+async def _fetch_range(keys: Keys, number: int, call: _Call, name: str, index_nbytes: int) -> _Fetched:
+    offset, nbytes, parts = call
+    if nbytes < 0:
+        return (None, index_nbytes), name, parts
+    # Codecs may make nothing of nothing.
+    read = await keys.fetch(number, offset, nbytes) if nbytes else np.empty(0, np.uint8)
+    return (read, nbytes + index_nbytes), name, parts
+
+
+def _join_ranges(
+    chunks: list[int], ranges: list[tuple[int, int]], *, gap: int = GAP_NBYTES, most: int = _CALL_NBYTES
+) -> list[_Call]:
     """Join chunks that follow each other in a file, or nearly, into one call each; those that are absent stay alone."""
     calls: list[_Call] = []
     for chunk, (offset, nbytes) in zip(chunks, ranges, strict=True):
         if calls and nbytes >= 0 and calls[-1][1] >= 0:
             start, total, joined = calls[-1]
-            if 0 <= offset - start - total <= GAP_NBYTES and offset + nbytes - start <= _CALL_NBYTES:
+            if 0 <= offset - start - total <= gap and offset + nbytes - start <= most:
                 joined.append((chunk, offset - start, offset - start + nbytes))
                 calls[-1] = (start, offset + nbytes - start, joined)
                 continue
@@ -203,7 +267,7 @@ def _cut_runs(touched: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
 class ArrayReader:
     """Everything else, as zarr reads it: chunks of columns, other stores, codecs that only run asynchronously."""
 
-    array: zarr.Array[Any]
+    array: zarr.Array[Any] = field(repr=False)
     chunk_rows: int
     row_nbytes: int
     files: Files | Keys
@@ -219,36 +283,65 @@ class ArrayReader:
         self._check_files(touched)
         index_nbytes = self._check_inner_chunks(touched)
         array, store = count_reads(self.array)
-        most = max(1, READ_NBYTES // (self.chunk_rows * self.row_nbytes))
-        breaks = np.flatnonzero(np.diff(touched) != 1) + 1
-        decode_seconds = 0.0
-        for run in np.split(touched, breaks):
-            for begin in range(0, len(run), most):
-                first = int(run[begin]) * self.chunk_rows
-                stop = (int(run[min(begin + most, len(run)) - 1]) + 1) * self.chunk_rows
-                began = time.perf_counter()
-                rows = self._decode(array, first, min(stop, array.shape[0]))
+        decode_seconds, began = 0.0, time.perf_counter()
+        with closing(self._read_parts(array, _cut_parts(touched, self.chunk_rows, self._part_rows()))) as parts:
+            for first, stop, rows in parts:
                 decode_seconds += time.perf_counter() - began
                 [bound] = windows.bounds(np.array([first]), np.array([stop]))
                 windows.copy(rows, first, bound)
+                began = time.perf_counter()
         return Reading(index_nbytes + store.nbytes, decode_seconds)
 
+    def _part_rows(self) -> int:
+        """Rows that are decoded in one call, of whole chunks; of a store, parts of the task are under way at once."""
+        nbytes = READ_NBYTES if isinstance(self.files, Files) else REQUEST_NBYTES
+        return self.chunk_rows * max(1, nbytes // (self.chunk_rows * self.row_nbytes))
+
+    def _read_parts(
+        self, array: zarr.Array[Any], parts: list[tuple[int, int]]
+    ) -> Generator[tuple[int, int, NDArray[Any]]]:
+        """Decode runs of rows [first, stop), and yield them with their rows, in any order."""
+        if not self._whole or _is_here(self.array):
+            for first, stop in parts:
+                yield first, stop, self._decode(array, first, min(stop, array.shape[0]))
+            return
+        sized = (
+            ((stop - first) * self.row_nbytes, partial(_decode_apart, array, first, stop)) for first, stop in parts
+        )
+        with closing(in_flight(sized, most_nbytes=READ_NBYTES)) as results:
+            for first, stop, rows in results:
+                if isinstance(rows, Exception):
+                    if is_store_failure(rows):
+                        raise self._failure(first, rows) from plain(rows)
+                    # Read again, to find the chunk.
+                    rows = self._decode(array, first, min(stop, array.shape[0]))  # noqa: PLW2901
+                yield first, stop, rows
+
+    @property
+    def _whole(self) -> bool:
+        """Whether no chunk that is absent reads as the fill value, unless that is meant."""
+        return self.files.fills or self.files.index is not None or not may_lack_chunks(self.array)
+
     def _decode(self, array: zarr.Array[Any], first: int, stop: int) -> NDArray[Any]:
-        checked = self.files.fills or self.files.index is not None
         try:
-            return read_present(array, (slice(first, stop),), checked=checked)
+            return read_present(array, (slice(first, stop),), checked=self._whole)
         except IntegrityError:
             raise
         except MemoryError:
             raise
-        except Exception as error:  # a codec raises what it likes
+        except Exception as error:  # noqa: BLE001 (a codec raises what it likes)
             if stop - first > self.chunk_rows:
                 # One of several chunks: find it, and name it alone.
                 for row in range(first, stop, self.chunk_rows):
                     self._decode(array, row, min(row + self.chunk_rows, stop))
-            name = self.files.name(self.files.path(first // self.files.file_rows), first // self.files.file_rows)
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise IntegrityError(f"every chunk is there and can be decoded; {name}: {reason}; restore it") from error
+            raise self._failure(first, error) from plain(error)
+
+    def _failure(self, first: int, error: Exception) -> PipelineError:
+        number = first // self.files.file_rows
+        name = self.files.name(self.files.path(number), number)
+        if not isinstance(self.files, Files) and is_store_failure(error):
+            return store_error("a chunk can be read", name, error)
+        return IntegrityError(f"every chunk is there and can be decoded; {name}: {say_failure(error)}; restore it")
 
     def _check_files(self, touched: NDArray[np.int64]) -> None:
         """Refuse what zarr would take for an absent file, such as a folder, or would wait for, such as a pipe."""
@@ -282,6 +375,28 @@ class ArrayReader:
                     f"{first + self.chunk_rows - 1}) is absent; restore the shard"
                 )
         return len(shards) * self.files.index.nbytes
+
+
+def _cut_parts(touched: NDArray[np.int64], chunk_rows: int, most_rows: int) -> list[tuple[int, int]]:
+    """Cut ascending chunks into runs [first, stop) of rows, of `most_rows` at most."""
+    runs = _cut_runs(touched, most_rows // chunk_rows)
+    return [(int(run[0]) * chunk_rows, (int(run[-1]) + 1) * chunk_rows) for run in runs]
+
+
+async def _decode_apart(array: zarr.Array[Any], first: int, stop: int) -> tuple[int, int, NDArray[Any] | Exception]:
+    """Decode a run of rows on Zarr's event loop; in their place, why that fails."""
+    try:
+        rows = await array.async_array.getitem((slice(first, min(stop, array.shape[0])),))
+    except Exception as error:  # noqa: BLE001 (a codec raises what it likes)
+        return first, stop, error
+    return first, stop, np.asarray(rows)
+
+
+def _is_here(array: zarr.Array[Any]) -> bool:
+    """Whether a store answers at once, in the thread that asks."""
+    from zarr.storage import LocalStore, MemoryStore
+
+    return isinstance(array.store, LocalStore | MemoryStore)
 
 
 class SortedWindows:

@@ -11,6 +11,8 @@ class PipelineError(Exception):
 
     exit_code = 1
     """Exit code of the command line."""
+    passing = False
+    """Whether a task that raised it may succeed a while later: what a network, or a server that is busy, has caused."""
 
     def __reduce__(self) -> tuple[object, ...]:
         # As every exception, but said here: otherwise tblib, by which Dask sends them, fails on a MemoryError of ours.

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import math
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pipeline.chunks import Chunks, Problem
 from pipeline.errors import IntegrityError, OpenError
+from pipeline.fetching import concurrency, gather
+from pipeline.locations import name_store, plain, store_error
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     import zarr
     from numpy.typing import NDArray
-    from zarr.abc.store import ByteRequest
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.storage import ObjectStore
 
+_INDEXES_NBYTES = 32 * 2**20
+"""Of the indexes that a process holds: of 2,000 shards of 1,024 inner chunks."""
+_LISTINGS = 3
+"""Times that a listing may break off, and go on after the last key that it told."""
+_PAGE_KEYS = 1000
+"""Keys that a request for a listing tells at most."""
 _LISTED_KEYS = 100
 """Keys that a listing tells in the time of asking for one alone: 1,000 a request, one after the other, against 10 at
 once."""
@@ -35,6 +45,34 @@ class Found(NamedTuple):
     """Another one as soon as its bytes change: its entity tag, or the time of its last change."""
 
 
+class _Indexes:
+    """Indexes of shards by run and key, those used last, for all threads of this process."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[str, str], NDArray[np.int64]] = OrderedDict()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str]) -> NDArray[np.int64] | None:
+        with self._lock:
+            index = self._held.get(key)
+            if index is not None:
+                self._held.move_to_end(key)
+            return index
+
+    def put(self, key: tuple[str, str], index: NDArray[np.int64]) -> None:
+        with self._lock:
+            if key in self._held:
+                return
+            self._held[key] = index
+            self._nbytes += index.nbytes
+            while self._nbytes > _INDEXES_NBYTES:
+                self._nbytes -= self._held.popitem(last=False)[1].nbytes
+
+
+_indexes = _Indexes()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Keys(Chunks):
     """Chunks or shards under keys of any other store. Picklable where the store is.
@@ -42,7 +80,9 @@ class Keys(Chunks):
     Coroutines run on Zarr's event loop, the one that the store's own connections may belong to.
     """
 
-    array: zarr.Array[Any]
+    array: zarr.Array[Any] = field(repr=False)
+    run: str = ""
+    """Of whose tasks those in one process read the index of a shard once; empty: each reads it."""
 
     def path(self, number: int, columns: tuple[int, ...] | None = None) -> str:
         """Key of a file; see `Chunks.path`."""
@@ -51,7 +91,7 @@ class Keys(Chunks):
 
     def name(self, path: str, number: int) -> str:
         """Store, key and rows of a file, for messages."""
-        return Chunks.name(self, f"{str(self.array.store).rstrip('/')}/{path}", number)
+        return Chunks.name(self, f"{name_store(self.array.store)}/{path}", number)
 
     async def fetch(self, number: int, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Read bytes [offset, offset + nbytes) of file `number`, where columns are not chunked.
@@ -67,12 +107,37 @@ class Keys(Chunks):
 
         path = self.path(number)
         read = await self._get(path, number, RangeByteRequest(offset, offset + nbytes))
+        if read is None:
+            raise self._is_gone(path, number)
         if len(read) != nbytes:
             raise self._ends_within(path, number, offset)
         return read
 
-    async def fetch_index(self, path: str, number: int) -> NDArray[np.int64]:
-        """Read the index of a shard; see `ShardIndex.parse`, and `fetch`."""
+    async def fetch_file(self, number: int) -> NDArray[np.uint8] | None:
+        """Read all of file `number`; None where it is absent and reads as the fill value. Errors as of `fetch`."""
+        path = self.path(number)
+        read = await self._get(path, number, None)
+        if read is None and not self.fills:
+            raise self._is_gone(path, number)
+        return read
+
+    async def fetch_index(self, path: str, number: int) -> tuple[NDArray[np.int64], int]:
+        """Read the index of a shard; see `ShardIndex.parse`, and `fetch`. Of a run's tasks here, one reads it.
+
+        Returns
+        -------
+        tuple
+            The index, all of it absent where the shard is and reads as the fill value; and the bytes that were read.
+        """
+        known = _indexes.get((self.run, path))
+        if known is not None:
+            return known, 0
+        index, nbytes = await self._read_index(path, number)
+        if self.run:
+            _indexes.put((self.run, path), index)
+        return index, nbytes
+
+    async def _read_index(self, path: str, number: int) -> tuple[NDArray[np.int64], int]:
         from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 
         assert self.index is not None
@@ -82,19 +147,26 @@ class Keys(Chunks):
         else:
             try:
                 read = await self._get(path, number, SuffixByteRequest(self.index.nbytes))
-            except OpenError:
+            except OpenError as error:
+                if error.passing:
+                    raise
                 # Some stores refuse to read from the end.
                 size = await self._size(path)
                 if size is None:
                     raise
                 first = max(0, size - self.index.nbytes)
                 read = await self._get(path, number, RangeByteRequest(first, size))
-        return self.index.parse(read.tobytes(), size, self.name(path, number))
+        if read is not None:
+            return self.index.parse(read.tobytes(), size, self.name(path, number)), len(read)
+        if self.fills:
+            return np.full((self.index.chunks, 2), -1), 0
+        raise self._is_gone(path, number)
 
     def read_indexes(self, files: Iterable[tuple[str, int]]) -> Iterator[NDArray[np.int64]]:
-        """Yield the index of each shard, of its path and number, some at once; see `fetch_index`."""
+        """Yield the index of each shard, of its path and number, some at once."""
         for batch in itertools.batched(files, concurrency()):
-            yield from self._gather(*(self.fetch_index(path, number) for path, number in batch))
+            for index, _ in gather(*(self._read_index(path, number) for path, number in batch)):
+                yield index
 
     def count(self) -> tuple[int, int, int]:
         """Files that are there, those there should be, and the bytes that the former take: by listing.
@@ -102,17 +174,21 @@ class Keys(Chunks):
         Sizes that a listing does not tell are asked for; some stores read a key to know its size.
         """
         wanted = {path for number in range(self.grid[0]) for path in self.paths(number)}
-        [listed] = self._gather(self._list())
+        [listed] = gather(list_keys(self.array.store, self._prefix))
         known = [found.nbytes for path, found in listed.items() if path in wanted and found.nbytes is not None]
         unknown = [path for path, found in listed.items() if path in wanted and found.nbytes is None]
         nbytes = sum(known)
         for batch in itertools.batched(unknown, concurrency()):
-            nbytes += sum(self._gather(*map(self.array.store.getsize, batch)))
+            nbytes += sum(gather(*map(self.array.store.getsize, batch)))
         return len(known) + len(unknown), len(wanted), nbytes
 
     def find_problem(self, numbers: NDArray[np.int64]) -> Problem | None:
         """Look for a key that is not right, as far as the store tells; see `Chunks.find_problem`."""
-        for (path, number), found in self.look_up(numbers):
+        return self.judge(self.look_up(numbers))
+
+    def judge(self, looked_up: Iterable[tuple[tuple[str, int], Found | None]]) -> Problem | None:
+        """Return the first key of `look_up` that is not right."""
+        for (path, number), found in looked_up:
             if found is None:
                 words = "" if self.fills else "is absent"
             else:
@@ -138,29 +214,30 @@ class Keys(Chunks):
             # Who may read a store may not list it, or it lists what it likes: keys that are not listed are asked for,
             # but for those of a sparse array, which may be many, and whose absence is no error.
             with contextlib.suppress(OpenError):
-                [listed] = self._gather(self._list())
+                [listed] = gather(list_keys(self.array.store, self._prefix))
                 known = self.fills
         for batch in itertools.batched(wanted, concurrency()):
             asked = [each for each in batch if each[0] not in listed and not known]
-            told = dict(zip(asked, self._gather(*(self._ask(*each) for each in asked)), strict=True))
+            told = dict(zip(asked, gather(*(self._ask(*each) for each in asked)), strict=True))
             for each in batch:
                 yield each, listed.get(each[0], told.get(each))
 
-    async def _get(self, path: str, number: int, wanted: ByteRequest) -> NDArray[np.uint8]:
+    async def _get(self, path: str, number: int, wanted: ByteRequest | None) -> NDArray[np.uint8] | None:
         from zarr.abc.store import RangeByteRequest
         from zarr.core.buffer import default_buffer_prototype
 
         try:
             buffer = await self.array.store.get(path, default_buffer_prototype(), wanted)
-        except Exception as error:  # a store raises what it likes
+        except Exception as error:  # noqa: BLE001 (a store raises what it likes)
             if isinstance(wanted, RangeByteRequest):
                 size = await self._size(path)
                 if size is not None and wanted.end > size:
-                    raise self._ends_within(path, number, wanted.start) from error
-            raise self._failure(path, number, error) from error
-        if buffer is None:
-            raise IntegrityError(f"every chunk is there; {self.name(path, number)} is not; restore it")
-        return buffer.as_numpy_array().view(np.uint8)
+                    raise self._ends_within(path, number, wanted.start) from plain(error)
+            raise self._failure(path, number, error) from plain(error)
+        return None if buffer is None else buffer.as_numpy_array().view(np.uint8)
+
+    def _is_gone(self, path: str, number: int) -> IntegrityError:
+        return IntegrityError(f"every chunk is there; {self.name(path, number)} is not; restore it")
 
     def _ends_within(self, path: str, number: int, offset: int) -> IntegrityError:
         return IntegrityError(
@@ -168,81 +245,96 @@ class Keys(Chunks):
         )
 
     def _failure(self, path: str, number: int, error: Exception) -> OpenError:
-        return OpenError(f"a chunk can be read; {self.name(path, number)} cannot: {_reason(error)}; check the store")
+        return store_error("a chunk can be read", self.name(path, number), error)
 
     async def _ask(self, path: str, number: int) -> Found | None:
         """Ask for what the store tells of a key, with one request; None: it is absent."""
-        from zarr.storage import ObjectStore
-
-        store = self.array.store
         try:
-            if isinstance(store, ObjectStore):
-                import obstore
-
-                return _found(await obstore.head_async(store.store, path))
-            if self._tells_sizes:
-                return Found(await store.getsize(path))
-            return Found(None) if await store.exists(path) else None
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # a store raises what it likes
-            raise self._failure(path, number, error) from error
+            return await ask_key(self.array.store, path)
+        except Exception as error:  # noqa: BLE001 (a store raises what it likes)
+            raise self._failure(path, number, error) from plain(error)
 
     async def _size(self, path: str) -> int | None:
         """Return the bytes of a key; None where the store does not tell."""
-        if self._tells_sizes:
+        if _tells_sizes(self.array.store):
             with contextlib.suppress(Exception):
                 return await self.array.store.getsize(path)
         return None
-
-    @property
-    def _tells_sizes(self) -> bool:
-        """Whether the store knows sizes; others read all of a key."""
-        from zarr.abc.store import Store
-
-        return type(self.array.store).getsize is not Store.getsize
-
-    async def _list(self) -> dict[str, Found]:
-        """Return the keys under the array, with what a listing tells of them."""
-        from zarr.storage import ObjectStore
-
-        store = self.array.store
-        try:
-            if isinstance(store, ObjectStore):
-                import obstore
-
-                batches = obstore.list(store.store, self._prefix)
-                return {each["path"]: _found(each) async for batch in batches for each in batch}
-            return {path: Found(None) async for path in store.list_prefix(self._prefix)}
-        except Exception as error:  # a store raises what it likes
-            raise OpenError(f"a store can be listed; {store} cannot: {_reason(error)}; check the store") from error
-
-    def _gather[T](self, *coroutines: Coroutine[Any, Any, T]) -> list[T]:
-        from zarr.core.sync import sync
-
-        async def gather() -> list[T]:
-            return await asyncio.gather(*coroutines)
-
-        return sync(gather())
 
     @property
     def _prefix(self) -> str:
         return f"{self.array.path}/" if self.array.path else ""
 
 
+async def ask_key(store: Store, key: str) -> Found | None:
+    """Ask for what a store tells of a key, with one request; None: it is absent. It raises what it likes."""
+    from zarr.storage import ObjectStore
+
+    try:
+        if isinstance(store, ObjectStore):
+            import obstore
+
+            return _found(await obstore.head_async(store.store, key))
+        if _tells_sizes(store):
+            return Found(await store.getsize(key))
+        return Found(None) if await store.exists(key) else None
+    except FileNotFoundError:
+        return None
+
+
+async def list_keys(store: Store, prefix: str) -> dict[str, Found]:
+    """Return the keys under a prefix, which is empty or ends in a slash, with what a listing tells of them.
+
+    Raises
+    ------
+    OpenError
+        If the store cannot be listed.
+    """
+    from zarr.storage import ObjectStore
+
+    try:
+        if not isinstance(store, ObjectStore):
+            return {key: Found(None) async for key in store.list_prefix(prefix)}
+        return {each["path"]: _found(each) async for each in list_told(store, prefix)}
+    except Exception as error:  # noqa: BLE001 (a store raises what it likes)
+        raise store_error("a store can be listed", name_store(store), error) from plain(error)
+
+
+async def list_told(store: ObjectStore[Any], prefix: str) -> AsyncIterator[Any]:
+    """Yield what an object store itself tells of each key under a prefix, in their order; it raises what it likes."""
+    import obstore
+
+    if not store.supports_listing:
+        raise NotImplementedError("it cannot be listed")
+    last, broken = None, 0
+    while True:
+        try:
+            async for page in obstore.list(store.store, prefix, offset=last, chunk_size=_PAGE_KEYS):
+                for each in page:
+                    yield each
+                    last = each["path"]
+        except Exception as error:
+            broken += 1
+            # Other failures obstore tries again by itself; not a page whose bytes end early.
+            if broken == _LISTINGS or not is_cut(error):
+                raise
+        else:
+            return
+
+
+def is_cut(error: Exception) -> bool:
+    """Whether the bytes of an answer ended early: of failures that may pass the one that obstore does not try again."""
+    return "response body" in str(error)
+
+
+def _tells_sizes(store: Store) -> bool:
+    """Whether a store knows sizes; others read all of a key."""
+    from zarr.abc.store import Store
+
+    return type(store).getsize is not Store.getsize
+
+
 def _found(told: Any) -> Found:
     """What an object store tells of a key."""
-    # A listing tells milliseconds where a request for one key tells seconds.
-    return Found(told["size"], told["e_tag"] or f"{told['last_modified']:%Y-%m-%dT%H:%M:%S}")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def concurrency() -> int:
-    """Requests of a task that are in flight at once, as Zarr is configured."""
-    import zarr
-
-    # Without a limit, as many as by default.
-    return int(zarr.config.get("async.concurrency") or 10)
+    # A listing may tell tags without quotes, and tells milliseconds where a request for one key tells seconds.
+    return Found(told["size"], (told["e_tag"] or "").strip('"') or f"{told['last_modified']:%Y-%m-%dT%H:%M:%S}")

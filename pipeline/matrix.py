@@ -6,20 +6,22 @@ import html
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.arrays import open_array, reading_config
+from pipeline.arrays import locate_array, open_array, open_stored, reading_config
 from pipeline.errors import InputError, OpenError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
+from pipeline.locations import Url, locate, name_store
 from pipeline.record import ATTRIBUTE
 from pipeline.sizes import count_of, format_size
 from pipeline.sources import (
+    FILE_SUFFIXES,
     FileSource,
     StackedSource,
     ZarrSource,
@@ -32,6 +34,7 @@ from pipeline.sources import (
 if TYPE_CHECKING:
     import zarr
     from numpy.typing import DTypeLike, NDArray
+    from zarr.abc.store import Store
 
     from pipeline.sources import Source
 
@@ -87,12 +90,13 @@ class Matrix:
             raise InputError(f"a window lies inside the matrix; got length {length}; give 1 to {self.rows} rows")
         return int(length)
 
-    def inputs(self) -> list[Path]:
-        """Files and folders that reading depends on: no output may touch them."""
+    def inputs(self) -> list[Path | Url]:
+        """Files, folders and URLs that reading depends on: no output may touch them."""
         if isinstance(self.layout.files, PlainFiles):
             return [stamp.path for stamp in self.layout.files.stamps]
-        folder = None if self.array is None else local_folder(self.array)
-        return [] if folder is None else [folder]
+        assert self.array is not None
+        place = locate_array(self.array)
+        return [] if place is None else [place]
 
     def count_files(self) -> tuple[int, int, int]:
         """Files of the matrix that are there, those there should be, and the bytes that the former take."""
@@ -140,8 +144,9 @@ def html_table(title: str, facts: dict[str, str]) -> str:
 
 
 def open_matrix(
-    source: str | Path | zarr.Array[Any] | Sequence[str | Path],
+    source: str | Path | Url | zarr.Array[Any] | Store | Sequence[str | Path],
     *,
+    storage_options: Mapping[str, Any] | None = None,
     check_reads: bool = False,
     missing_chunks: MissingChunks = "error",
     dtype: DTypeLike | None = None,
@@ -153,9 +158,14 @@ def open_matrix(
     Parameters
     ----------
     source
-        Path of a Zarr array, v2 or v3, of at least one dimension and numeric dtype; or an open `zarr.Array`. Or a
-        file that is read in place, since its rows lie as plain bytes: `.npy`, raw binary, HDF5 with a contiguous data
-        set (`file.h5::dataset`). Several such files are stacked by rows, and their borders kept as `matrix.parts`.
+        Path or URL (`s3://`, `gs://`, `az://`, `https://`, and what fsspec knows) of a Zarr array, v2 or v3, of at
+        least one dimension and numeric dtype; or an open `zarr.Array`; or an open Zarr store with such an array at its
+        root, such as that of an Icechunk session. Or a file that is read in place, since its rows lie as plain bytes:
+        `.npy`, raw binary, HDF5 with a contiguous data set (`file.h5::dataset`). Several such files are stacked by
+        rows, and their borders kept as `matrix.parts`.
+    storage_options
+        Of a URL, for the library that reads it (obstore, or fsspec): region, endpoint, credentials. They go to the
+        workers. What is not given is taken from the environment, and for S3 from `~/.aws`, by each worker for itself.
     check_reads
         Whether to read every chunk that a window touches whole, or inner chunk of a shard, and check it against its
         checksum: a damaged one is then an error, never a wrong value.
@@ -191,7 +201,8 @@ def open_matrix(
     if missing_chunks not in ("error", "fill"):
         raise InputError(f"missing_chunks is error or fill; got {missing_chunks!r}; choose one")
     fills = missing_chunks == "fill"
-    matrix = _open(source, fills=fills, dtype=dtype, row_shape=row_shape, dataset=dataset)
+    options = {"dtype": dtype, "row_shape": row_shape, "dataset": dataset}
+    matrix = _open(source, storage_options, fills=fills, **options)
     if fills and matrix.array is None:
         raise InputError(f"missing chunks are those of a Zarr array; {matrix.path} is read in place; drop it")
     if check_reads and not matrix.layout.checksums:
@@ -202,19 +213,42 @@ def open_matrix(
     return replace(matrix, layout=matrix.layout.decode(fills=fills)) if check_reads or fills else matrix
 
 
-def _open(source: str | Path | zarr.Array[Any] | Sequence[str | Path], *, fills: bool, **options: Any) -> Matrix:
-    if isinstance(source, str | Path):
-        path, name = split_name(str(source))
-        if name is None and (not os.path.lexists(path) or path.is_dir()):
-            matrix = _open_zarr(open_array(path), str(source), fills=fills)
-        else:
-            return _open_in_place(source, **options)
-    elif isinstance(source, Sequence):
-        return _open_in_place(source, **options)
+def _open(source: Any, storage_options: Mapping[str, Any] | None, *, fills: bool, **options: Any) -> Matrix:
+    if isinstance(source, str | Path | Url):
+        place = locate(source, storage_options)
+        if isinstance(place, Url):
+            return _open_url(place, fills=fills, **options)
+        path, name = split_name(str(place))
+        if name is not None or (os.path.lexists(path) and not path.is_dir()):
+            return _open_in_place(str(place) if "://" in str(source) else str(source), **options)
+        matrix = _open_zarr(open_array(path), str(source), fills=fills)
     else:
-        matrix = _open_zarr(source, str(getattr(source, "store_path", "")), fills=fills)
+        if storage_options:
+            raise InputError("storage_options are for URLs; what is open already has its own; drop them")
+        if isinstance(source, Sequence):
+            return _open_in_place(source, **options)
+        name = name_store(getattr(source, "store_path", source))
+        matrix = _open_zarr(open_stored(source, name) if _is_store(source) else source, name, fills=fills)
     refuse_options(matrix.path, "a Zarr array, which has its own", **options)
     return matrix
+
+
+def _open_url(url: Url, *, fills: bool, **options: Any) -> Matrix:
+    from pipeline.stores import open_store
+
+    given = [name for name, value in options.items() if value is not None]
+    if given or url.suffix.lower() in FILE_SUFFIXES or "::" in url.name:
+        raise OpenError(
+            f"a file is read in place on a local disk; {url} is none; copy it to one, or make a matrix of the copy "
+            "with: pipeline create"
+        )
+    return _open_zarr(open_stored(open_store(url, read_only=True), str(url)), str(url), fills=fills)
+
+
+def _is_store(source: Any) -> bool:
+    from zarr.abc.store import Store
+
+    return isinstance(source, Store)
 
 
 def _open_zarr(array: zarr.Array[Any], path: str, *, fills: bool) -> Matrix:
@@ -291,14 +325,6 @@ def check_numeric(dtype: np.dtype[Any], path: str) -> None:
         raise InputError(
             f"a matrix holds numbers of at most 64 bits a component; {path} holds {dtype}; convert it first"
         )
-
-
-def local_folder(array: zarr.Array[Any]) -> Path | None:
-    """Folder that an array lies in; None where its store is not on a local disk."""
-    from zarr.storage import LocalStore
-
-    store = array.store_path.store
-    return Path(store.root, array.path) if isinstance(store, LocalStore) else None
 
 
 def _parts(array: zarr.Array[Any], path: str) -> NDArray[np.int64] | None:

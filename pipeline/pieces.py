@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pipeline.layout import Borders
 
 
+_DENSE_SLABS = 8
+"""Slabs of windows that overlap, or nearly touch, whose rows are read together: those at their borders twice."""
+
+
 class Runs(NamedTuple):
     """Runs of matrix rows to be read: (r,) int64 arrays, by ascending first row."""
 
@@ -74,6 +78,60 @@ def read_by_runs(
         copy_runs(scratch, tops[within] - number * slab + before, length, out, places[within])
         scratch[:before] = scratch[slab:]
     return Reading(nbytes_read, 0.0)
+
+
+class Slab(NamedTuple):
+    """Some of the windows of a task, read."""
+
+    block: NDArray[Any]
+    """(m, length, *row_shape), good until the next."""
+    numbers: NDArray[np.int64]
+    """(m,) which of the windows."""
+    nbytes_read: int
+
+
+def read_in_slabs(
+    read_runs: ReadRuns,
+    starts: NDArray[np.int64],
+    length: int,
+    row_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    row_nbytes: int,
+    slab_nbytes: int,
+) -> Iterator[Slab]:
+    """Read windows with a function that reads runs of rows, about `slab_nbytes` of them at a time, by ascending start.
+
+    For who copies them on: what was just read is in the cache still.
+    """
+    ascending = np.argsort(starts, kind="stable")
+    starts = starts[ascending]
+    most = max(1, slab_nbytes // (length * row_nbytes))
+    begins = np.flatnonzero(np.r_[True, np.diff(starts) >= length])
+    if is_dense(joins(starts, length, row_nbytes)):
+        # By spans of rows: those that windows of two parts share are read for each.
+        most *= _DENSE_SLABS
+        block = np.empty((min(most, len(starts)), length, *row_shape), dtype)
+        for first in range(0, len(starts), most):
+            part = starts[first : first + most]
+            block = block[: len(part)]
+            places = np.arange(len(part))
+            reading = read_by_runs(
+                read_runs, part, length, block, places, row_nbytes=row_nbytes, slab_nbytes=slab_nbytes
+            )
+            yield Slab(block, ascending[first : first + most], reading.nbytes)
+        return
+    # Windows that overlap lie in one slab: else the second would begin before the first has ended, perhaps in a file
+    # that is closed by then.
+    cluster = np.repeat(begins, np.diff(np.r_[begins, len(starts)]))
+    edges = np.r_[np.flatnonzero(np.r_[True, np.diff(cluster // most) != 0]), len(starts)]
+    slabs = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+    within = np.arange(len(starts)) - edges[slabs]
+    block = np.empty((int(np.diff(edges).max()), length, *row_shape), dtype)
+    runs = Runs(starts, np.full(len(starts), length), within * length, slabs)
+    for number, nbytes in enumerate(read_runs(runs, block)):
+        numbers = ascending[edges[number] : edges[number + 1]]
+        yield Slab(block[: len(numbers)], numbers, nbytes)
 
 
 def _cut_slabs(

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.keys import concurrency
+from pipeline.fetching import in_flight
 from pipeline.pieces import cut_pieces, read_by_runs
-from pipeline.plan import IN_FLIGHT_NBYTES, JOINED_NBYTES
+from pipeline.plan import IN_FLIGHT_NBYTES, JOINED_NBYTES, REQUEST_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
-    from concurrent.futures import Future
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
     from pipeline.keys import Keys
     from pipeline.pieces import Runs
     from pipeline.preads import Reading
-
-_REQUEST_NBYTES = 2 * 2**20
-"""Bytes of one request at most: a task that reads long ranges has many in flight, and each takes longer than it waits.
-
-Measured with 1 to 30 ms a request and 100 to 500 MB/s: 512 KiB costs up to 1.8 times as much, 16 MiB up to 3.2 times.
-"""
 
 
 class Request(NamedTuple):
@@ -49,7 +40,7 @@ class Request(NamedTuple):
 class RangedReader:
     """Rows that lie as plain bytes under keys of a store: ranges are read by few requests, many of them in flight.
 
-    As many requests of a task are in flight as Zarr's `async.concurrency` says, on its event loop. Each thread copies
+    As many requests of a task are in flight as `fetching.concurrency` says, on Zarr's event loop. Each thread copies
     its own rows to their places, straight out of what the store gave.
     """
 
@@ -71,10 +62,10 @@ class RangedReader:
         order = np.lexsort((offsets + pieces.nbytes, offsets, pieces.file))
         offsets, pieces = offsets[order], pieces.take(order)
         ends = offsets + pieces.nbytes
-        requests = coalesce(pieces.file, offsets, ends, gap=JOINED_NBYTES, most=_REQUEST_NBYTES)
+        requests = coalesce(pieces.file, offsets, ends, gap=JOINED_NBYTES, most=REQUEST_NBYTES)
         begins, stops, wheres = offsets.tolist(), ends.tolist(), pieces.target.tolist()
         sized = ((request.nbytes, partial(self._fetch, request)) for request in requests)
-        with closing(in_flight(sized)) as results:
+        with closing(in_flight(sized, most_nbytes=IN_FLIGHT_NBYTES)) as results:
             for request, read in results:
                 nbytes_read += len(read)
                 for piece in range(request.begin, request.end):
@@ -91,18 +82,20 @@ class RangedReader:
         index = self.keys.index
         if index is None:
             return bases, 0
+        nbytes_read = 0
         edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(files)]
         spans = {int(files[begin]): slice(begin, end) for begin, end in pairwise(edges)}
         sized = ((index.nbytes, partial(self._fetch_index, number)) for number in spans)
-        with closing(in_flight(sized)) as results:
-            for number, entries in results:
+        with closing(in_flight(sized, most_nbytes=IN_FLIGHT_NBYTES)) as results:
+            for number, (entries, nbytes) in results:
                 bases[spans[number]] = self.keys.offsets(entries, number, extents[spans[number]])
-        return bases, len(spans) * index.nbytes
+                nbytes_read += nbytes
+        return bases, nbytes_read
 
     async def _fetch(self, request: Request) -> tuple[Request, NDArray[np.uint8]]:
         return request, await self.keys.fetch(request.file, request.offset, request.nbytes)
 
-    async def _fetch_index(self, number: int) -> tuple[int, NDArray[np.int64]]:
+    async def _fetch_index(self, number: int) -> tuple[int, tuple[NDArray[np.int64], int]]:
         return number, await self.keys.fetch_index(self.keys.path(number), number)
 
 
@@ -130,38 +123,3 @@ def coalesce(
             sides = zip(*map(np.ndarray.tolist, (cuts[:-1], np.diff(cuts), served, wanted)), strict=True)
             requests += [Request(int(files[top]), *side) for side in sides]
     return requests
-
-
-def in_flight[T](sized: Iterable[tuple[int, Callable[[], Coroutine[Any, Any, T]]]]) -> Generator[T]:
-    """Run coroutines on Zarr's event loop and yield their results as they come, in any order.
-
-    Parameters
-    ----------
-    sized
-        Bytes that each holds, and a function that makes it: at most `IN_FLIGHT_NBYTES` are in flight, or one alone.
-    """
-    from zarr.core.sync import sync
-
-    loop, most = sync(_running_loop()), concurrency()
-    done: SimpleQueue[Future[T]] = SimpleQueue()
-    pending: dict[Future[T], int] = {}
-    try:
-        for nbytes, start in sized:
-            while pending and (len(pending) >= most or sum(pending.values()) + nbytes > IN_FLIGHT_NBYTES):
-                future = done.get()
-                yield future.result()
-                del pending[future]
-            future = asyncio.run_coroutine_threadsafe(start(), loop)
-            pending[future] = nbytes
-            future.add_done_callback(done.put)
-        while pending:
-            future = done.get()
-            yield future.result()
-            del pending[future]
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-async def _running_loop() -> asyncio.AbstractEventLoop:
-    return asyncio.get_running_loop()

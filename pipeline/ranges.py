@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.manifest import RANGE_NBYTES
 from pipeline.runs import run_tasks
+from pipeline.sights import storage_sights
 from pipeline.sizes import MIB
 from pipeline.tasks import name_tasks
+from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from pipeline.report import Watch
+    from pipeline.storage import Storage
     from pipeline.tasks import Receipt
 
 _TASK_NBYTES = 64 * MIB
 _TASK_FILES = 1000
-_TASK_MEMORY = 32 * MIB
-"""Buffers of a task: what it reads passes through them."""
+_TASK_MEMORY = 64 * MIB
+"""Buffers of a task: of a store, all that it reads may be under way at once."""
 
 
 class Range(NamedTuple):
@@ -42,14 +47,32 @@ def cut_file(key: str, nbytes: int, step: int = RANGE_NBYTES) -> list[Range]:
 def read_ranges[T](
     function: Callable[..., tuple[Receipt, T]], about: tuple[Any, ...], ranges: tuple[Range, ...], watch: Watch
 ) -> Iterator[T]:
-    """Run tasks, `function(*about, ranges, number)` each, and yield what each found beside its receipt."""
+    """Run tasks, `function(*about, ranges, number)` each, and yield what each found beside its receipt.
+
+    Parameters
+    ----------
+    about
+        The storage first.
+    """
     threads = count_threads(active_client())
     footprint = fit_memory(_TASK_MEMORY, None, threads=threads, what="one task of verify")
-    tasks = name_tasks("verify", function, ((*about, part, number) for number, part in enumerate(_batch(ranges))))
-    watch.begin(len(tasks), len(ranges), sum(each.nbytes for each in ranges))
-    for receipt, found in run_tasks(tasks, at_once=footprint.at_once):
+    parts = list(_batch(ranges))
+    survey = survey_workers(storage_sights(about[0]), say=watch.say)
+    tasks = name_tasks("verify", survey.guard(function), ((*about, part, number) for number, part in enumerate(parts)))
+    watch.begin(len(parts), len(ranges), sum(each.nbytes for each in ranges))
+    span = ("pipeline", "verify")
+    for receipt, found in run_tasks(tasks, at_once=survey.bound(footprint.fits), span=span, retried=watch.task_retried):
         watch.task_done(receipt)
         yield found
+
+
+def each_range[T](storage: Storage, ranges: list[Range], function: Callable[[Storage, Range], T]) -> Iterator[T]:
+    """Call a function for each range, side by side where the storage takes long to answer; results in order."""
+    if storage.at_once == 1 or len(ranges) == 1:
+        yield from (function(storage, each) for each in ranges)
+        return
+    with ThreadPoolExecutor(storage.at_once) as threads:
+        yield from threads.map(partial(function, storage), ranges)
 
 
 def _batch(ranges: Iterable[Range]) -> Iterator[tuple[Range, ...]]:

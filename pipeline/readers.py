@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
+import uuid
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.arrays import without_attributes
 from pipeline.chunks import CHECKSUM_NBYTES
-from pipeline.decoding import decoding_reader, touched_units
-from pipeline.errors import IntegrityError
+from pipeline.decoding import decoding_reader
 from pipeline.keys import Keys
 from pipeline.layout import Extents, Files, PlainFiles
-from pipeline.pieces import cut_pieces, read_by_runs
+from pipeline.pieces import cut_pieces, read_by_runs, read_in_slabs
 from pipeline.plan import SLAB_NBYTES
 from pipeline.preads import announce, open_file, read_fully
 from pipeline.ranged import RangedReader
-from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.matrix import Matrix
-    from pipeline.pieces import Pieces, Runs
+    from pipeline.pieces import Pieces, Runs, Slab
     from pipeline.preads import Reading
 
 _OPEN_FILES = 64
@@ -70,13 +70,16 @@ class Reader(Protocol):
 
 def choose_reader(matrix: Matrix, *, row: int) -> Reader:
     """Return the reader that serves the matrix's layout; it may read the chunk of `row`, to see that it can."""
-    layout = matrix.layout
-    if isinstance(layout.files, PlainFiles) or (layout.reader == "direct" and isinstance(layout.files, Files)):
-        return DirectReader(layout.files, matrix.row_nbytes, CHECKSUM_NBYTES if layout.chunk_checksum else 0)
-    if layout.reader == "ranged" and isinstance(layout.files, Keys):
-        return RangedReader(layout.files, matrix.row_nbytes)
+    layout, files = matrix.layout, matrix.layout.files
+    if isinstance(files, Keys):
+        files = replace(files, run=uuid.uuid4().hex, array=without_attributes(files.array))
+    if isinstance(files, PlainFiles) or (layout.reader == "direct" and isinstance(files, Files)):
+        return DirectReader(files, matrix.row_nbytes, CHECKSUM_NBYTES if layout.chunk_checksum else 0)
+    if layout.reader == "ranged" and isinstance(files, Keys):
+        return RangedReader(files, matrix.row_nbytes)
     assert matrix.array is not None
-    return decoding_reader(matrix.array, layout.files, layout.chunk_rows, matrix.row_nbytes, row=row)
+    array = files.array if isinstance(files, Keys) else without_attributes(matrix.array)
+    return decoding_reader(array, files, layout.chunk_rows, matrix.row_nbytes, row=row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,14 @@ class DirectReader:
         """Read windows; see `Reader.read_windows`."""
         return read_by_runs(
             self._read_runs, starts, length, out, places, row_nbytes=self.row_nbytes, slab_nbytes=SLAB_NBYTES
+        )
+
+    def read_slabs(
+        self, starts: NDArray[np.int64], length: int, row_shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> Iterator[Slab]:
+        """Read windows, some at a time; see `read_in_slabs`."""
+        return read_in_slabs(
+            self._read_runs, starts, length, row_shape, dtype, row_nbytes=self.row_nbytes, slab_nbytes=SLAB_NBYTES
         )
 
     def _read_runs(self, runs: Runs, out: NDArray[Any]) -> Iterator[int]:
@@ -164,31 +175,3 @@ class DirectReader:
 
 type _Call = tuple[int, int, int, list[memoryview]]
 """Offset in the file, bytes in all, their slab, and the buffers that they go to, one after the other."""
-
-
-def check_files(matrix: Matrix, starts: NDArray[np.int64], length: int) -> None:
-    """Check, a stat each or by listing, that every file that the windows touch is there with its size.
-
-    Parameters
-    ----------
-    starts
-        (n,) ascending.
-
-    Raises
-    ------
-    IntegrityError
-        Naming the first file that is not, its rows, and how many windows touch them.
-    """
-    files = matrix.layout.files
-    if isinstance(files, PlainFiles):
-        files.check()
-        return
-    first, last = starts // files.file_rows, (starts + (length - 1)) // files.file_rows
-    problem = files.find_problem(touched_units(first, last))
-    if problem is not None:
-        windows = int(((first <= problem.number) & (problem.number <= last)).sum())
-        fill = ", or read the fill value with --missing-chunks fill" if problem.words == "is absent" else ""
-        raise IntegrityError(
-            f"every chunk is there, whole; {problem.name} {problem.words}; restore it{fill}: {windows:,} of "
-            f"{count_of(len(starts), 'window')} {'touches' if windows == 1 else 'touch'} it"
-        )

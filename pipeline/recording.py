@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import IntegrityError, OpenError, OutputExistsError
 from pipeline.manifest import Checksums, Manifest
-from pipeline.ranges import Range, cut_file, read_ranges
+from pipeline.ranges import Range, cut_file, each_range, read_ranges
 from pipeline.record import extend_crc32
 from pipeline.report import Watch
 from pipeline.sizes import count_of, format_size
 from pipeline.staging import check_apart
 from pipeline.storage import Folder, checksum
-from pipeline.targets import locate_files, open_folder
+from pipeline.targets import locate_files, open_target
 from pipeline.tasks import Receipt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import zarr
 
+    from pipeline.locations import Url
     from pipeline.storage import Storage
 
 
@@ -75,12 +76,17 @@ class Recording:
         return facts, numbers
 
 
-def write_manifest(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: str | Path) -> None:
+def write_manifest(
+    path: str | Path | Url | zarr.Array[Any] | zarr.Group,
+    manifest: str | Path,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> None:
     """Record size and checksum of every file of a matrix, for `verify` to compare with.
 
     Parameters
     ----------
-    path
+    path, storage_options
         As for `verify`.
     manifest
         JSON file to write; it lies apart from the matrix.
@@ -101,12 +107,17 @@ def write_manifest(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: st
     >>> pipeline.verify(folder / "A.npy", manifest=folder / "A.json")
     []
     """
-    prepare_recording(path, manifest).run(Watch())
+    prepare_recording(path, manifest, storage_options=storage_options).run(Watch())
 
 
-def prepare_recording(path: str | Path | zarr.Array[Any] | zarr.Group, manifest: str | Path) -> Recording:
+def prepare_recording(
+    path: str | Path | Url | zarr.Array[Any] | zarr.Group,
+    manifest: str | Path,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Recording:
     """Check everything that `write_manifest` needs before it reads."""
-    target, storage = locate_files(path)
+    target, storage = locate_files(path, storage_options)
     manifest = Path(manifest)
     if os.path.lexists(manifest):
         raise OutputExistsError(f"a manifest is written once; {manifest} exists; name another, or remove it yourself")
@@ -115,22 +126,28 @@ def prepare_recording(path: str | Path | zarr.Array[Any] | zarr.Group, manifest:
     if isinstance(storage, Folder):
         check_apart(manifest, [Path(storage.root, storage.only or "")])
     listed = storage.list_files()
-    if isinstance(storage, Folder) and storage.only is None:
-        open_folder(storage, listed)
+    if not isinstance(storage, Folder) or storage.only is None:
+        open_target(storage, listed)
     return Recording(target, storage, manifest, dict(sorted(listed.items())))
 
 
 def sum_ranges(storage: Storage, ranges: Iterable[Range], number: int) -> tuple[Receipt, dict[tuple[str, int], int]]:
     """Compute the checksum of each range, by key and offset; IntegrityError where one cannot be read."""
     begin = time.perf_counter()
-    found = {}
-    for key, offset, nbytes, file_nbytes, _ in ranges:
-        try:
-            with storage.open(key) as opened:
-                if opened.nbytes != file_nbytes:
-                    raise IntegrityError("changed meanwhile")  # noqa: TRY301
-                found[key, offset] = checksum(opened, offset, nbytes, extend_crc32)
-        except IntegrityError as error:
-            raise IntegrityError(f"a manifest records files that can be read; {key} {error}; mend it first") from error
+    ranges = list(ranges)
+    sums = each_range(storage, ranges, _sum)
+    found = {(each.key, each.offset): value for each, value in zip(ranges, sums, strict=True)}
     nbytes = sum(each.nbytes for each in ranges)
     return Receipt(number, len(found), nbytes, time.perf_counter() - begin), found
+
+
+def _sum(storage: Storage, wanted: Range) -> int:
+    try:
+        with storage.open(wanted.key, wanted.offset) as opened:
+            if opened.nbytes != wanted.file_nbytes:
+                raise IntegrityError("changed meanwhile")  # noqa: TRY301
+            return checksum(opened, wanted.offset, wanted.nbytes, extend_crc32)
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"a manifest records files that can be read; {wanted.key} {error}; mend it first"
+        ) from error

@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline import hdf5
-from pipeline.arrays import check_decodable, count_nbytes, open_array, read_present, reading_config
+from pipeline.arrays import (
+    check_decodable,
+    count_nbytes,
+    local_folder,
+    open_array,
+    open_stored,
+    read_present,
+    reading_config,
+)
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.files import FileStamp, check_rows, read_runs
+from pipeline.locations import Url, is_store_failure, locate, name_store, plain, say_failure, store_error
 
 if TYPE_CHECKING:
     import zarr
@@ -25,6 +34,8 @@ RANDOM_ROWS = 1024
 """Rows that one key of the random generator serves; the values depend on it."""
 
 _HDF5_SUFFIXES = {".h5", ".hdf5", ".he5", ".nc"}
+FILE_SUFFIXES = _HDF5_SUFFIXES | {".npy"}
+"""Of files that are no folder of Zarr."""
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _NPY_MAGIC = b"\x93NUMPY"
 _RANDOM = "random:"
@@ -153,12 +164,14 @@ class ZarrSource:
             block = read_present(self.array, (slice(None),) * self.axis + (slice(start, stop),))
         except (MemoryError, IntegrityError):
             raise
-        except Exception as error:  # a codec raises what it likes
+        except Exception as error:  # noqa: BLE001 (a codec raises what it likes)
+            name = name_store(self.array.store_path)
+            if local_folder(self.array) is None and is_store_failure(error):
+                raise store_error("a source can be read", f"rows [{start}, {stop}) of {name}", error) from plain(error)
             raise IntegrityError(
-                f"every chunk of a source must be there and readable; rows [{start}, {stop}) of "
-                f"{self.array.store_path} are not ({' '.join(str(error).split())}); restore the array, "
-                f"or write it again with write_empty_chunks=True"
-            ) from error
+                f"every chunk of a source must be there and readable; rows [{start}, {stop}) of {name} are not "
+                f"({say_failure(error)}); restore the array, or write it again with write_empty_chunks=True"
+            ) from plain(error)
         rows: NDArray[Any] = np.moveaxis(block, self.axis, 0).astype(self.dtype, copy=False)
         return rows
 
@@ -268,8 +281,8 @@ def open_source(
     Parameters
     ----------
     source
-        ``.npy``; HDF5, also as ``file.h5::dataset``; the folder of a Zarr array, or a `zarr.Array`; any other file is
-        raw binary; ``random:ROWSxCOLS`` is uniform in [0, 1). A sequence of them is stacked by rows.
+        ``.npy``; HDF5, also as ``file.h5::dataset``; the folder or URL of a Zarr array, or a `zarr.Array`; any other
+        file is raw binary; ``random:ROWSxCOLS`` is uniform in [0, 1). A sequence of them is stacked by rows.
     dtype
         Of raw binary, such as ``">f4"``; of random numbers float64 (the default) or float32.
     row_shape
@@ -356,18 +369,28 @@ def _open_one(source: str | os.PathLike[str] | zarr.Array[Any], options: _Option
     text = os.fspath(source)
     if text.startswith(_RANDOM) and not Path(text).exists():
         return _open_random(text, options)
-    path, name = split_name(text)
+    location = locate(source)
+    if isinstance(location, Url):
+        return _open_url(location, options)
+    path, name = split_name(str(location))
     try:
         return _open_path(path, name, options)
     except FileNotFoundError as error:
         if isinstance(error, NotFoundError):
             raise
-        hint = "a local path, or a zarr.Array of any store" if "://" in text else "the name of a file or folder"
-        raise NotFoundError(f"a source must exist; there is no {path}; give {hint}") from error
+        raise NotFoundError(f"a source must exist; there is no {path}; give the name of a file or folder") from error
     except OSError as error:
         if isinstance(error, OpenError):
             raise
         raise OpenError(f"a source must be readable; {path}: {error.strerror}; check its permissions") from error
+
+
+def _open_url(url: Url, options: _Options) -> ZarrSource:
+    from pipeline.stores import open_store
+
+    if url.suffix.lower() in FILE_SUFFIXES or "::" in url.name or options.dtype is not None:
+        raise OpenError(f"what a URL names is a Zarr array; {url} is a file; copy it to a local disk first")
+    return _open_zarr(open_stored(open_store(url, read_only=True), str(url)), options)
 
 
 def _open_path(path: Path, name: str | None, options: _Options) -> Source:
@@ -457,7 +480,7 @@ def _open_zarr(array: zarr.Array[Any], options: _Options) -> ZarrSource:
         raise InputError(
             f"a source is a path, a zarr.Array or a list of them; got {type(array).__name__}; save it first"
         )
-    name = str(array.store_path)
+    name = name_store(array.store_path)
     options.refuse(name, "a Zarr array", "dtype", "row_shape", "dataset")
     axis = _check_array(name, array.shape, np.dtype(array.dtype), options.axis)
     array = reading_config(array)
@@ -537,7 +560,11 @@ def _put_first(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def _name(source: Any) -> str:
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "store_path", source))
+    return (
+        os.fspath(source)
+        if isinstance(source, str | os.PathLike)
+        else name_store(getattr(source, "store_path", source))
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.arrays import read_key
 from pipeline.decoding import touched_units
 from pipeline.errors import IntegrityError, OpenError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Files, PlainFiles, array_files
+from pipeline.locations import name_store
+from pipeline.sizes import count_of
 from pipeline.sources import FileSource, StackedSource, ZarrSource
 
 if TYPE_CHECKING:
@@ -25,9 +29,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.files import FileStamp
-    from pipeline.keys import Keys
+    from pipeline.keys import Found, Keys
     from pipeline.matrix import Matrix
     from pipeline.sources import Source
+
+type _LookedUp = tuple[tuple[str, int], Found | None]
+"""Key and number of a file, and what the store tells of it; None: it is absent."""
 
 _ABSENT = -1
 """Size of a file or key that is not there."""
@@ -79,7 +86,9 @@ class Stamp:
 
 
 def stamp_matrix(matrix: Matrix, starts: NDArray[np.int64], length: int) -> Stamp:
-    """Stamp the files or keys of a matrix that windows touch, and its metadata; no data are read.
+    """Check that every file or key that windows touch is there with its size, and stamp it; no data are read.
+
+    A store is asked once for both, by listing where windows touch many of its keys.
 
     Parameters
     ----------
@@ -87,17 +96,36 @@ def stamp_matrix(matrix: Matrix, starts: NDArray[np.int64], length: int) -> Stam
         (n,) ascending.
     length
         Rows of a window.
+
+    Raises
+    ------
+    IntegrityError
+        Naming the first file that is not right, its rows, and how many windows touch them.
+    OpenError
+        If the store fails.
     """
     files = matrix.layout.files
     words = _Words((str(matrix.shape), matrix.dtype.str))
     last = starts + (length - 1)
     if isinstance(files, PlainFiles):
+        files.check()
         touched = touched_units(files.find(starts), files.find(last))
         words = _Words((*words.words, str(files.offsets), str(files.borders.tolist())))
         return Stamp.of([words, *(_Stats.known(files.stamps[number]) for number in touched.tolist())])
     assert matrix.array is not None
-    touched = touched_units(starts // files.file_rows, last // files.file_rows)
-    return Stamp.of([words, *_documents(matrix.array), _chunks(files, touched)])
+    first, last = starts // files.file_rows, last // files.file_rows
+    touched = touched_units(first, last)
+    looked_up = [] if isinstance(files, Files) else list(files.look_up(touched))
+    problem = files.find_problem(touched) if isinstance(files, Files) else files.judge(looked_up)
+    if problem is not None:
+        windows = int(((first <= problem.number) & (problem.number <= last)).sum())
+        fill = ", or read the fill value with --missing-chunks fill" if problem.words == "is absent" else ""
+        raise IntegrityError(
+            f"every chunk is there, whole; {problem.name} {problem.words}; restore it{fill}: {windows:,} of "
+            f"{count_of(len(starts), 'window')} {'touches' if windows == 1 else 'touch'} it"
+        )
+    chunks = _chunks(files, touched) if isinstance(files, Files) else _Listing.of(files, touched, looked_up)
+    return Stamp.of([words, *_documents(matrix.array), chunks])
 
 
 def stamp_source(source: Source) -> Stamp:
@@ -134,18 +162,37 @@ def _source_parts(source: Source) -> Iterator[_Part]:
 def _documents(array: zarr.Array[Any]) -> Iterator[_Part]:
     name = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
     key = f"{array.path}/{name}" if array.path else name
-    yield _Document(array, key, _digest_key(array, key))
+    content = read_key(array.store, key)
+    if content is None or not _describes(content, array):
+        # Its chunks would be read as those of the array that was there when it was opened.
+        raise _other_metadata(array, key)
+    yield _Document(array, key, hashlib.sha256(content).hexdigest())
+
+
+def _describes(content: bytes, array: zarr.Array[Any]) -> bool:
+    """Whether a metadata document is that of an array that was opened before, attributes aside."""
+    try:
+        now = type(array.metadata).from_dict(json.loads(content))
+    except Exception:  # noqa: BLE001 (zarr's parsers raise what they like)
+        return False
+    return _plain_metadata(now) == _plain_metadata(array.metadata)
+
+
+def _plain_metadata(metadata: Any) -> dict[str, Any]:
+    from zarr.core.buffer import default_buffer_prototype
+
+    documents = metadata.to_buffer_dict(default_buffer_prototype())
+    document: dict[str, Any] = json.loads(next(iter(documents.values())).to_bytes())
+    return {key: value for key, value in document.items() if key != "attributes"}
 
 
 def _chunks(files: Files | Keys, numbers: NDArray[np.int64]) -> _Part:
     """Stamp the files or keys of these rows."""
-    names = tuple(path for number in numbers.tolist() for path in files.paths(number))
-    if isinstance(files, Files):
-        root = str(Path(files.root).absolute())
-        return _Stats.take(root, tuple(path[len(files.root) + 1 :] for path in names))
-    found = list(_describe(files, numbers))
-    sizes = np.array([nbytes for nbytes, _ in found], np.int64)
-    return _Listing(files, numbers, names, sizes, tuple(tag for _, tag in found))
+    if not isinstance(files, Files):
+        return _Listing.of(files, numbers, files.look_up(numbers))
+    root = str(Path(files.root).absolute())
+    names = (path for number in numbers.tolist() for path in files.paths(number))
+    return _Stats.take(root, tuple(path[len(files.root) + 1 :] for path in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,27 +275,36 @@ class _Listing:
     """(n,) bytes, or `_ABSENT`, or `_UNKNOWN`."""
     tags: tuple[str, ...]
 
+    @classmethod
+    def of(cls, keys: Keys, numbers: NDArray[np.int64], looked_up: Iterable[_LookedUp]) -> Self:
+        """Take what a store tells of the keys of these rows."""
+        names, found = [], []
+        for (path, _), told in looked_up:
+            names.append(path)
+            found.append(
+                (_ABSENT, "") if told is None else (_UNKNOWN if told.nbytes is None else told.nbytes, told.tag)
+            )
+        return cls(
+            keys, numbers, tuple(names), np.array([size for size, _ in found], np.int64), tuple(t for _, t in found)
+        )
+
     def feed(self) -> Iterator[bytes]:
         # Some stores are named by where they lie in this process's memory.
-        yield re.sub(r" at 0x\w+", "", str(self.keys.array.store)).encode()
+        yield re.sub(r" at 0x\w+", "", name_store(self.keys.array.store)).encode()
         yield "\0".join(self.names).encode()
         yield self.sizes.astype("<i8").tobytes()
         yield "\0".join(self.tags).encode()
 
     def check(self) -> None:
-        before = zip(self.names, self.sizes.tolist(), self.tags, strict=True)
-        for (name, size, tag), (now, tag_now) in zip(before, _describe(self.keys, self.numbers), strict=True):
-            if (size, tag) != (now, tag_now):
-                raise _changed(f"{self.keys.array.store}/{name}", size, now)
-
-
-def _describe(keys: Keys, numbers: NDArray[np.int64]) -> Iterator[tuple[int, str]]:
-    """Size and tag of each key."""
-    for _, found in keys.look_up(numbers):
-        if found is None:
-            yield _ABSENT, ""
-        else:
-            yield _UNKNOWN if found.nbytes is None else found.nbytes, found.tag
+        now = type(self).of(self.keys, self.numbers, self.keys.look_up(self.numbers))
+        if now.tags == self.tags and np.array_equal(now.sizes, self.sizes):
+            return
+        for name, *before_and_now in zip(
+            self.names, self.sizes.tolist(), now.sizes.tolist(), self.tags, now.tags, strict=True
+        ):
+            size, size_now, tag, tag_now = before_and_now
+            if (size, tag) != (size_now, tag_now):
+                raise _changed(f"{name_store(self.keys.array.store)}/{name}", size, size_now)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -264,21 +320,14 @@ class _Document:
         yield self.digest.encode()
 
     def check(self) -> None:
-        if _digest_key(self.array, self.key) != self.digest:
-            name = f"{self.key} of {self.array.store}"
-            raise IntegrityError(f"a source must stay as it is while it is read; {name} was changed; start again")
+        content = read_key(self.array.store, self.key)
+        if content is None or hashlib.sha256(content).hexdigest() != self.digest:
+            raise _other_metadata(self.array, self.key)
 
 
-def _digest_key(array: zarr.Array[Any], key: str) -> str:
-    """Digest of the bytes under a key; empty where it is absent."""
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.core.sync import sync
-
-    try:
-        buffer = sync(array.store.get(key, default_buffer_prototype()))
-    except Exception as error:  # a store raises what it likes
-        raise OpenError(f"a store can be read; {array.store}: {' '.join(str(error).split())}; check it") from error
-    return "" if buffer is None else hashlib.sha256(buffer.to_bytes()).hexdigest()
+def _other_metadata(array: zarr.Array[Any], key: str) -> IntegrityError:
+    name = f"{key} of {name_store(array.store)}"
+    return IntegrityError(f"a source must stay as it is once it is opened; {name} was changed; open it again")
 
 
 def _changed(name: str, before: int, now: int) -> IntegrityError:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 import stat
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.errors import IntegrityError, OpenError
-from pipeline.keys import concurrency
+from pipeline.arrays import hurried, read_key
+from pipeline.errors import IntegrityError, OpenError, PipelineError
+from pipeline.fetching import concurrency, gather, in_order
+from pipeline.keys import list_keys
+from pipeline.locations import name_store, plain, store_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -26,7 +31,8 @@ type Extend = Callable[[int, NDArray[np.uint8]], int]
 """Gives the checksum of bytes and of those that follow, from the checksum of the former and the latter."""
 
 _STEP_NBYTES = 4 * 2**20
-_FETCHED_NBYTES = 16 * 2**20
+_IN_FLIGHT_NBYTES = 32 * 2**20
+_FETCHED_NBYTES = 4 * 2**20
 """What is asked of a store at once: the chunks of a shard are small, and each request takes long."""
 
 
@@ -44,17 +50,24 @@ class Opened(Protocol):
 class Storage(Protocol):
     """Where files lie. Picklable."""
 
+    @property
+    def at_once(self) -> int:
+        """Files that a task reads side by side."""
+
     def list_files(self) -> dict[str, int]:
         """Path below the root and size of all that is no folder; 0 for what is no file either."""
 
-    def open(self, key: str) -> AbstractContextManager[Opened]:
-        """Open one for reading.
+    def open(self, key: str, offset: int | None = None) -> AbstractContextManager[Opened]:
+        """Open one for reading; `offset`: where the one reading of it will begin, if that is known.
 
         Raises
         ------
         IntegrityError
             Saying, after its name, what is wrong with it: it is gone, no file, cannot be read.
         """
+
+    def read_document(self, key: str) -> bytes | None:
+        """Return all bytes of one; None where it is absent, OpenError where it cannot be read."""
 
 
 def checksum(opened: Opened, offset: int, nbytes: int, extend: Extend) -> int:
@@ -75,6 +88,23 @@ class Folder:
     root: str
     only: str | None = None
 
+    @property
+    def at_once(self) -> int:
+        """See `Storage.at_once`."""
+        return 1
+
+    def read_document(self, key: str) -> bytes | None:
+        """See `Storage.read_document`."""
+        path = Path(self.root, key)
+        if not os.path.lexists(path):
+            return None
+        if not path.is_file():
+            raise OpenError(f"metadata are a file; {path} is none; restore it")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise OpenError(f"an output has metadata; {path}: {error.strerror}; restore it") from error
+
     def list_files(self) -> dict[str, int]:
         """See `Storage.list_files`; OpenError where a folder cannot be listed."""
         if self.only is not None:
@@ -88,7 +118,7 @@ class Folder:
         return found
 
     @contextmanager
-    def open(self, key: str) -> Iterator[Opened]:
+    def open(self, key: str, offset: int | None = None) -> Iterator[Opened]:  # noqa: ARG002 (that of a file is free)
         """See `Storage.open`."""
         path = f"{self.root}/{key}"
         try:
@@ -129,51 +159,99 @@ class Objects:
     store: Store
     prefix: str
 
+    @property
+    def at_once(self) -> int:
+        """See `Storage.at_once`."""
+        return concurrency()
+
+    @property
+    def name(self) -> str:
+        """Of the store and the prefix, for messages."""
+        return f"{name_store(self.store)}/{self.prefix}".rstrip("/")
+
+    def read_document(self, key: str) -> bytes | None:
+        """See `Storage.read_document`."""
+        return read_key(hurried(self.store), self.prefix + key)
+
     def list_files(self) -> dict[str, int]:
         """See `Storage.list_files`; OpenError where the store fails."""
-        keys = self._call(self._list())
-        sizes: list[int] = []
-        for batch in itertools.batched(keys, concurrency()):
-            sizes += self._call(self._sizes(batch))
-        return {key.removeprefix(self.prefix): size for key, size in zip(keys, sizes, strict=True)}
+        [found] = gather(list_keys(self.store, self.prefix))
+        unknown = [key for key, told in found.items() if told.nbytes is None]
+        sizes = {key: told.nbytes or 0 for key, told in found.items()}
+        for batch in itertools.batched(unknown, concurrency()):
+            sizes |= zip(batch, self._call(*map(self.store.getsize, batch)), strict=True)
+        return {key.removeprefix(self.prefix): size for key, size in sizes.items()}
 
     @contextmanager
-    def open(self, key: str) -> Iterator[Opened]:
+    def open(self, key: str, offset: int | None = None) -> Iterator[Opened]:
         """See `Storage.open`; OpenError where the store fails."""
+        if offset is not None and (opened := self._open_at(self.prefix + key, offset)):
+            yield opened
+            return
         try:
-            [nbytes] = self._call(self._sizes((self.prefix + key,)))
+            [nbytes] = self._call(self.store.getsize(self.prefix + key))
         except FileNotFoundError as error:
             raise IntegrityError("is gone") from error
         yield _OpenObject(self, self.prefix + key, nbytes)
 
-    def fetch(self, key: str, offset: int, stop: int) -> NDArray[np.uint8]:
-        """Read bytes [offset, stop) of a key."""
+    def _open_at(self, key: str, offset: int) -> _OpenObject | None:
+        """Open a key by reading what is wanted of it, which tells its size, too; None where that cannot be."""
+        from zarr.storage import ObjectStore
+
+        if not isinstance(self.store, ObjectStore):
+            return None
+        try:
+            [(size, first)] = self._call(_get_part(self.store.store, key, offset, offset + _FETCHED_NBYTES))
+        except FileNotFoundError as error:
+            raise IntegrityError("is gone") from error
+        except OpenError as error:
+            if error.passing:
+                raise
+            # It may be shorter than that, or have no bytes.
+            return None
+        return _OpenObject(self, key, size, offset, first)
+
+    async def fetch(self, key: str, offset: int, stop: int) -> NDArray[np.uint8]:
+        """Read bytes [offset, stop) of a key; the store raises what it likes."""
         from zarr.abc.store import RangeByteRequest
         from zarr.core.buffer import default_buffer_prototype
 
-        buffer = self._call(self.store.get(key, default_buffer_prototype(), RangeByteRequest(offset, stop)))
+        buffer = await self.store.get(key, default_buffer_prototype(), RangeByteRequest(offset, stop))
         if buffer is None:
             raise IntegrityError("is gone")
         return buffer.as_numpy_array().view(np.uint8)
 
-    async def _list(self) -> list[str]:
-        return [key async for key in self.store.list_prefix(self.prefix)]
+    def fetch_all(self, key: str, offset: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield bytes [offset, stop) of a key, in parts, of which many are asked for at once."""
+        firsts = range(offset, stop, _FETCHED_NBYTES)
+        sized = (
+            (min(_FETCHED_NBYTES, stop - first), partial(self.fetch, key, first, min(first + _FETCHED_NBYTES, stop)))
+            for first in firsts
+        )
+        with closing(in_order(sized, most_nbytes=_IN_FLIGHT_NBYTES)) as parts:
+            try:
+                yield from parts
+            except Exception as error:  # noqa: BLE001 (a store raises what it likes)
+                raise self._failure(error) from plain(error)
 
-    async def _sizes(self, keys: tuple[str, ...]) -> list[int]:
-        import asyncio
-
-        return await asyncio.gather(*map(self.store.getsize, keys))
-
-    def _call[T](self, coroutine: Coroutine[Any, Any, T]) -> T:
-        from zarr.core.sync import sync
-
+    def _call[T](self, *coroutines: Coroutine[Any, Any, T]) -> list[T]:
         try:
-            return sync(coroutine)
+            return gather(*coroutines)
         except FileNotFoundError:
             raise
-        except Exception as error:  # a store raises what it likes
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise OpenError(f"a store can be read; {self.store} cannot: {reason}; check it") from error
+        except Exception as error:  # noqa: BLE001 (a store raises what it likes)
+            raise self._failure(error) from plain(error)
+
+    def _failure(self, error: Exception) -> PipelineError:
+        return error if isinstance(error, PipelineError) else store_error("a store can be read", self.name, error)
+
+
+async def _get_part(store: Any, key: str, offset: int, stop: int) -> tuple[int, NDArray[np.uint8]]:
+    """Size of an object, and its bytes [offset, stop), or as many as it has of them."""
+    import obstore
+
+    got = await obstore.get_async(store, key, options={"range": (offset, stop)})
+    return got.meta["size"], np.frombuffer(await got.bytes_async(), np.uint8)
 
 
 @dataclass(slots=True)
@@ -188,12 +266,19 @@ class _OpenObject:
     def read(self, offset: int, nbytes: int) -> Iterator[NDArray[np.uint8]]:
         stop = min(offset + nbytes, self.nbytes)
         while offset < stop:
-            if not self._first <= offset < self._first + len(self._held):
+            if self._first <= offset < self._first + len(self._held):
+                part = self._held[offset - self._first : stop - self._first]
+            elif stop - offset > _FETCHED_NBYTES:
+                yield from self.objects.fetch_all(self.key, offset, stop)
+                return
+            else:
+                # More than is wanted now: what follows is wanted next.
+                most = min(offset + _FETCHED_NBYTES, self.nbytes)
                 self._first = offset
-                self._held = self.objects.fetch(self.key, offset, min(offset + _FETCHED_NBYTES, self.nbytes))
-                if not len(self._held):
-                    return
-            part = self._held[offset - self._first : stop - self._first]
+                [self._held] = self.objects.fetch_all(self.key, offset, most)
+                part = self._held[: stop - offset]
+            if not len(part):
+                return
             offset += len(part)
             yield part
 

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.arrays import open_node
+from pipeline.arrays import local_folder, open_node, open_root
 from pipeline.errors import IntegrityError, NotFoundError, OpenError
-from pipeline.matrix import local_folder
+from pipeline.locations import Url, locate
 from pipeline.sources import split_name
 from pipeline.storage import Folder, Objects
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import zarr
 
@@ -23,14 +23,22 @@ DOCUMENTS = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
 """Names of metadata in Zarr."""
 
 
-def locate_files(path: str | Path | zarr.Array[Any] | zarr.Group) -> tuple[str, Storage]:
+def locate_files(
+    path: str | Path | Url | zarr.Array[Any] | zarr.Group, storage_options: Mapping[str, Any] | None = None
+) -> tuple[str, Storage]:
     """Name of a target, and where its files lie."""
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | Path | Url):
         node: Any = path
         folder = local_folder(node)
         prefix = f"{node.path}/" if node.path else ""
-        return str(node.store_path), Objects(node.store, prefix) if folder is None else Folder(str(folder.absolute()))
-    plain = split_name(str(path))[0]
+        objects = Objects(node.store, prefix)
+        return (objects.name, objects) if folder is None else (str(node.store_path), Folder(str(folder.absolute())))
+    location = locate(path, storage_options)
+    if isinstance(location, Url):
+        from pipeline.stores import open_store
+
+        return str(location), Objects(open_store(location, read_only=True), "")
+    plain = split_name(str(location))[0]
     if not os.path.lexists(plain):
         raise NotFoundError(f"what is verified is there; nothing is at {path}; check the path")
     if plain.is_dir():
@@ -40,19 +48,26 @@ def locate_files(path: str | Path | zarr.Array[Any] | zarr.Group) -> tuple[str, 
     return str(path), Folder(str(plain.absolute().parent), plain.name)
 
 
-def open_folder(folder: Folder, listed: Iterable[str]) -> zarr.Array[Any] | zarr.Group:
-    """Open the Zarr array or group in a folder; OpenError where there is none."""
+def open_target(storage: Storage, listed: Iterable[str]) -> zarr.Array[Any] | zarr.Group:
+    """Open the Zarr array or group whose files lie there; OpenError where there is none."""
+    if isinstance(storage, Objects):
+        import zarr
+
+        if storage.prefix:
+            return zarr.open(storage.store, path=storage.prefix.rstrip("/"), mode="r")
+        return open_root(storage.store, storage.name)
+    assert isinstance(storage, Folder)
     documents = [key for key in listed if is_document(key)]
     if DOCUMENTS.isdisjoint(documents):
-        raise OpenError(f"what is verified is a file, a Zarr array or a group; {folder.root} is a plain folder")
+        raise OpenError(f"what is verified is a file, a Zarr array or a group; {storage.root} is a plain folder")
     for key in documents:
         try:
             # Zarr itself would wait for a FIFO's writer.
-            with folder.open(key):
+            with storage.open(key):
                 pass
         except IntegrityError as error:
-            raise OpenError(f"metadata can be read; {folder.root}/{key} {error}; restore it") from error
-    return open_node(Path(folder.root))
+            raise OpenError(f"metadata can be read; {storage.root}/{key} {error}; restore it") from error
+    return open_node(Path(storage.root))
 
 
 def is_document(key: str) -> bool:

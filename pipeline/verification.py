@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.arrays import open_node
-from pipeline.errors import InputError, IntegrityError, OpenError
+from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.inspection import Place, StoredArray, describe_arrays, say_runs
+from pipeline.locations import Url
 from pipeline.manifest import Manifest
-from pipeline.ranges import Range, cut_file, read_ranges
-from pipeline.record import METADATA, extend_crc32, read_record
+from pipeline.ranges import Range, cut_file, each_range, read_ranges
+from pipeline.record import METADATA, extend_crc32, parse_record
 from pipeline.report import Watch
 from pipeline.sizes import count_of, format_size
-from pipeline.storage import Folder, checksum
-from pipeline.targets import DOCUMENTS, is_document, locate_files, open_folder
+from pipeline.storage import Folder, Objects, checksum
+from pipeline.targets import DOCUMENTS, is_document, locate_files, open_target
 from pipeline.tasks import Receipt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import zarr
 
@@ -119,11 +119,12 @@ class Verification:
 
 
 def verify(
-    path: str | Path | zarr.Array[Any] | zarr.Group,
+    path: str | Path | Url | zarr.Array[Any] | zarr.Group,
     *,
     subset: float = 1.0,
     seed: int = 0,
     manifest: str | Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[Problem]:
     """Read every stored byte of a matrix or a result, and compare it with its checksums.
 
@@ -134,7 +135,7 @@ def verify(
     Parameters
     ----------
     path
-        Of a Zarr array or group, or of a file; or an open array or group in any store.
+        Path or URL of a Zarr array or group, or path of a file; or an open array or group in any store.
     subset
         Part of the ranges (files, or 64 MiB of one) that is read, drawn at random; at least one is. That files are
         there, and what their metadata hold, is always looked at.
@@ -142,6 +143,8 @@ def verify(
         Of the draw.
     manifest
         What `write_manifest` wrote, when all was right.
+    storage_options
+        Of a URL; see `open_matrix`.
 
     Returns
     -------
@@ -164,24 +167,29 @@ def verify(
     >>> pipeline.verify(folder / "A.zarr")
     []
     """
-    return prepare_verification(path, subset=subset, seed=seed, manifest=manifest).run(Watch())
+    return prepare_verification(path, subset=subset, seed=seed, manifest=manifest, storage_options=storage_options).run(
+        Watch()
+    )
 
 
 def prepare_verification(
-    path: str | Path | zarr.Array[Any] | zarr.Group,
+    path: str | Path | Url | zarr.Array[Any] | zarr.Group,
     *,
     subset: float = 1.0,
     seed: int = 0,
     manifest: str | Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Decide what is compared with what, look at names and metadata, and draw what is read."""
     if not 0 < subset <= 1:
         raise InputError(f"a subset is a part of all, more than 0 and at most 1; got {subset!r}; give such as 0.1")
     if seed < 0:
         raise InputError(f"a seed is a whole number of at least 0; got {seed!r}; choose another")
-    target, storage = locate_files(path)
-    listed = storage.list_files()
-    given = None if isinstance(path, str | Path) else path
+    target, storage = locate_files(path, storage_options)
+    # First, since a store that is gone is known soon by it.
+    document = None if isinstance(storage, Folder) and storage.only is not None else storage.read_document(METADATA)
+    listed = _list(target, storage, document)
+    given = None if isinstance(path, str | Path | Url) else path
     if manifest is not None:
         recorded = Manifest.read(Path(manifest))
         known = recorded.files
@@ -190,16 +198,26 @@ def prepare_verification(
             known = dict.fromkeys([storage.only], *known.values())
         wanted = {key: _recorded(key, each, recorded.range_nbytes) for key, each in known.items()}
         found = _compare_all(target, storage, "manifest", wanted, listed, given)
-    elif not isinstance(storage, Folder):
-        assert given is not None
-        found = _inspect_all(target, storage, listed, given)
-    elif storage.only is not None:
+    elif isinstance(storage, Folder) and storage.only is not None:
         raise InputError(f"bytes are compared with checksums; {target} has none; {_way_out(target)}")
     else:
-        found = _compare_own(target, storage, listed) or _inspect_all(
-            target, storage, listed, open_folder(storage, listed)
+        found = _compare_own(target, storage, listed, document, given) or _inspect_all(
+            target, storage, listed, given or open_target(storage, listed)
         )
     return replace(found, ranges=_draw(found.ranges, subset, seed))
+
+
+def _list(target: str, storage: Storage, document: bytes | None) -> dict[str, int]:
+    """List what is there; of a web server, which cannot be listed, what our record names is taken to be."""
+    if isinstance(storage, Objects) and not storage.store.supports_listing:
+        record = None if document is None else parse_record(document, f"{target}/{METADATA}")
+        if record is None or document is None:
+            raise OpenError(f"what has no record is listed; {target} cannot be; verify a copy")
+        return {METADATA: len(document)} | {key: each.nbytes for key, each in record.files.items()}
+    listed = storage.list_files()
+    if not listed and isinstance(storage, Objects):
+        raise NotFoundError(f"what is verified is there; nothing is at {target}; check the name")
+    return listed
 
 
 def parse_subset(text: str) -> float:
@@ -226,18 +244,26 @@ def check_ranges(
     begin = time.perf_counter()
     problems: list[Problem] = []
     nbytes = count = 0
-    for each in ranges:
+    for problem, read in each_range(storage, list(ranges), partial(_check_range, arrays, standard)):
         count += 1
-        place = find_place(arrays, each.key)
-        try:
-            with storage.open(each.key) as opened:
-                words, runs = _check(opened, each, place, standard)
-                nbytes += min(each.nbytes, opened.nbytes)
-        except IntegrityError as error:
-            words, runs = str(error), ()
-        if words:
-            problems.append(_problem(each.key, words, place, runs))
+        nbytes += read
+        problems += [] if problem is None else [problem]
     return Receipt(number, count, nbytes, time.perf_counter() - begin), problems
+
+
+def _check_range(
+    arrays: tuple[StoredArray, ...], standard: Standard, storage: Storage, wanted: Range
+) -> tuple[Problem | None, int]:
+    """Say what is wrong with a range, or None; and how much was read."""
+    place = find_place(arrays, wanted.key)
+    nbytes = 0
+    try:
+        with storage.open(wanted.key, None if standard == "chunks" else wanted.offset) as opened:
+            words, runs = _check(opened, wanted, place, standard)
+            nbytes = min(wanted.nbytes, opened.nbytes)
+    except IntegrityError as error:
+        words, runs = str(error), ()
+    return (_problem(wanted.key, words, place, runs) if words else None), nbytes
 
 
 def find_place(arrays: Iterable[StoredArray], key: str) -> Place | None:
@@ -269,22 +295,24 @@ def _problem(key: str, words: str, place: Place | None, runs: Runs = ()) -> Prob
     return Problem(key, words, place.array.unit, runs or place.rows)
 
 
-def _compare_own(target: str, folder: Folder, listed: dict[str, int]) -> Verification | None:
+def _compare_own(
+    target: str,
+    storage: Storage,
+    listed: dict[str, int],
+    document: bytes | None,
+    node: zarr.Array[Any] | zarr.Group | None,
+) -> Verification | None:
     """Compare every file of an output of ours with its record; None where it has none."""
-    root = Path(folder.root)
-    path = root / METADATA
-    if not os.path.lexists(path):
+    if document is None:
         return None
-    if not path.is_file():
-        raise OpenError(f"metadata are a file; {path} is none; restore it")
-    record = read_record(root)
+    record = parse_record(document, f"{target}/{METADATA}")
     if record is not None:
         wanted = {key: [Range(key, 0, each.nbytes, each.nbytes, each.crc32)] for key, each in record.files.items()}
-        return _compare_all(target, folder, "record", wanted, listed, None, whole=record.whole)
-    if not _has_traces(path):
+        return _compare_all(target, storage, "record", wanted, listed, node, whole=record.whole)
+    if not _has_traces(document):
         return None
     problem = Problem(METADATA, "is not what was written: its record is damaged")
-    return Verification(target, folder, "record", (), 1, 0, (problem,), (), 0)
+    return Verification(target, storage, "record", (), 1, 0, (problem,), (), 0)
 
 
 def _compare_all(
@@ -306,8 +334,8 @@ def _compare_all(
     arrays: tuple[StoredArray, ...] = ()
     # Metadata that changed would tell of other rows.
     if not problems:
-        if isinstance(storage, Folder) and storage.only is None and not DOCUMENTS.isdisjoint(known):
-            node = open_node(Path(storage.root))
+        if node is None and not DOCUMENTS.isdisjoint(known):
+            node = open_target(storage, listed)
         arrays = () if node is None else tuple(describe_arrays(node)[0].values())
     rest = [key for key in wanted if not is_document(key)]
     lost = _find_lost(storage, arrays, rest, listed)
@@ -387,12 +415,9 @@ def _draw(ranges: tuple[Range, ...], subset: float, seed: int) -> tuple[Range, .
     return tuple(ranges[number] for number in sorted(drawn.tolist()))
 
 
-def _has_traces(path: Path) -> bool:
+def _has_traces(metadata: bytes) -> bool:
     """Whether metadata bear a record of ours that is no longer where it was, or has no list of files."""
-    try:
-        documents = [json.loads(path.read_bytes())]
-    except FileNotFoundError:
-        return False
+    documents = [json.loads(metadata)]
     while documents:
         document = documents.pop()
         values = document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()

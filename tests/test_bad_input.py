@@ -340,7 +340,7 @@ REQUESTS = [
 MATRICES = [
     ("absent.zarr", 3, ["absent.zarr", "check the path"]),
     ("absent/deep/A.zarr", 3, ["absent/deep/A.zarr", "check the path"]),
-    ("s3://bucket/A.zarr", 3, ["bucket/A.zarr"]),
+    ("memory://nothing/A.zarr", 3, ["nothing is at memory://nothing/A.zarr"]),
     (f"{LONG}.zarr", 3, [LONG]),
     ("pipe", 3, ["pipe"]),
     ("G.zarr", 3, ["G.zarr is a group", "inner"]),
@@ -374,7 +374,7 @@ MATRICES = [
 CREATIONS = [
     ("absent.npy X.zarr", 3, ["absent.npy", "name of a file"]),
     ("absent/A.npy X.zarr", 3, ["absent/A.npy", "name of a file"]),
-    ("s3://bucket/A.zarr X.zarr", 3, ["s3:/bucket/A.zarr", "local path"]),
+    ("memory://nothing/A.zarr X.zarr", 3, ["nothing is at memory://nothing/A.zarr"]),
     (f"{LONG}.npy X.zarr", 3, [LONG]),
     ("G.zarr X.zarr", 3, ["G.zarr is a group", "G.zarr/inner"]),
     ("plain.zarr X.zarr", 3, ["plain.zarr", "zarr.json", "name a folder"]),

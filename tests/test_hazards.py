@@ -122,7 +122,10 @@ class Failing(WrapperStore[MemoryStore]):
 
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_store_that_fails_its_nth_reading(compressed: bool, for_good: bool, tmp_path: Path) -> None:
+def test_a_store_that_fails_its_nth_reading(
+    compressed: bool, for_good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.failures._PAUSES", ())
     store: Store = MemoryStore()
     compressors = zarr.codecs.ZstdCodec() if compressed else None
     zarr.create_array(store, data=A, chunks=(CHUNK, 3), compressors=compressors, filters=None)

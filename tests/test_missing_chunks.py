@@ -15,7 +15,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdC
 from zarr.storage import ObjectStore
 
 import pipeline
-from pipeline import readers
+from pipeline import readers, stamps
 from tests.layouts import STORES, distinct, stack
 
 ROWS, LENGTH = 211, 16
@@ -313,7 +313,7 @@ class TestWhatIsSaidBeforeWork:
         store = ObjectStore(obstore.store.LocalStore(tmp_path / "A.zarr"), read_only=True)
         matrix = pipeline.open_matrix(zarr.open_array(store, mode="r"), missing_chunks="fill")
         monkeypatch.setattr("obstore.head_async", lambda *_: pytest.fail("asked"))
-        readers.check_files(matrix, np.sort(STARTS), LENGTH)
+        stamps.stamp_matrix(matrix, np.sort(STARTS), LENGTH)
 
 
 class TestCommand:

@@ -28,7 +28,7 @@ from zarr.storage import (
 )
 
 import pipeline
-from pipeline import ranged, readers
+from pipeline import fetching, ranged, readers, stamps
 from tests.layouts import LAYOUTS, ROWS, as_objects, distinct, in_memory, open_layout, stack
 
 ROW = 120
@@ -158,7 +158,7 @@ class TestRequests:
 
     def test_what_is_long_is_read_in_parts(self, layouts, monkeypatch):
         matrix, store = watched(layouts / "zarr-morton.zarr")
-        monkeypatch.setattr("pipeline.ranged._REQUEST_NBYTES", 1000)
+        monkeypatch.setattr("pipeline.ranged.REQUEST_NBYTES", 1000)
         read(matrix, [*range(ROWS - LENGTH + 1)])
         ranges = [nbytes for _, byte_range, nbytes in store.data_reads() if isinstance(byte_range, RangeByteRequest)]
         assert max(ranges) <= 1000
@@ -186,7 +186,7 @@ class TestRequests:
             patch.setattr("pipeline.plan.GAP_NBYTES", 2 * ROW)
             patch.setattr("pipeline.plan.JOINED_NBYTES", gap)
             patch.setattr("pipeline.ranged.JOINED_NBYTES", gap)
-            patch.setattr("pipeline.ranged._REQUEST_NBYTES", most)
+            patch.setattr("pipeline.ranged.REQUEST_NBYTES", most)
             if data.draw(st.booleans()):
                 for module in ("plan", "pieces"):
                     patch.setattr(f"pipeline.{module}.is_dense", lambda joined: np.zeros(joined.shape[:-1], bool))
@@ -258,10 +258,10 @@ class TestConcurrency:
             del held[number]
             return number
 
-        with pytest.MonkeyPatch.context() as patch, zarr.config.set({"async.concurrency": concurrency}):
-            patch.setattr("pipeline.ranged.IN_FLIGHT_NBYTES", most)
-            given_out = [(size, lambda number=number: fetch(number)) for number, size in enumerate(sizes)]
-            assert sorted(ranged.in_flight(given_out)) == list(range(len(sizes)))
+        given_out = [(size, lambda number=number: fetch(number)) for number, size in enumerate(sizes)]
+        with zarr.config.set({"async.concurrency": concurrency}):
+            assert sorted(fetching.in_flight(given_out, most_nbytes=most)) == list(range(len(sizes)))
+            assert list(fetching.in_order(given_out, most_nbytes=most)) == list(range(len(sizes)))
         assert all(nbytes <= max(most, *sizes) and count <= concurrency for nbytes, count in peak)
 
     def test_a_failure_ends_what_is_under_way(self, layouts, monkeypatch):
@@ -339,6 +339,18 @@ def test_a_reader_is_pickled_with_its_store(layouts):
     for name in ("shards@objects", "shards@memory"):
         matrix = pickle.loads(pickle.dumps(open_layout(layouts, name)))
         read(matrix, STARTS)
+
+
+@pytest.mark.parametrize("compressors", [None, "auto"])
+def test_a_reader_does_not_carry_what_the_attributes_tell_of_every_file(compressors, tmp_path):
+    told = {"files": [*range(10_000)]}
+    zarr.create_array(
+        tmp_path / "A", data=distinct(), chunks=(10, 5, 3), compressors=compressors, filters=None, attributes=told
+    )
+    matrix = pipeline.open_matrix(zarr.open_array(as_objects(tmp_path / "A"), mode="r"))
+    reader = readers.choose_reader(matrix, row=0)
+    assert len(pickle.dumps(reader)) < 5_000 < len(pickle.dumps(matrix))
+    assert matrix.array.attrs.asdict() == told
 
 
 def damaged(layouts, name, change, store=in_memory):
@@ -499,7 +511,7 @@ class TestStoresThatDoNotDoAll:
 
 
 def check(matrix, starts, length=LENGTH):
-    readers.check_files(matrix, np.sort(starts), length)
+    stamps.stamp_matrix(matrix, np.sort(starts), length)
 
 
 class TestChecksBeforeWork:
@@ -569,9 +581,10 @@ def test_bytes_of_decoded_chunks_are_those_of_the_store(layouts):
     for name in ("zstd", "columns", "columns-shards"):
         store = Watched(in_memory(layouts / f"{name}.zarr"))
         matrix = pipeline.open_matrix(zarr.open_array(store, mode="r"))
-        store.reads.clear()
+        reader = readers.choose_reader(matrix, row=0)
+        matrix.array.store.reads.clear()
         out = np.empty((4, LENGTH, 5, 3))
-        reading = readers.choose_reader(matrix, row=0).read_windows(np.array(STARTS), LENGTH, out, np.arange(4))
+        reading = reader.read_windows(np.array(STARTS), LENGTH, out, np.arange(4))
         np.testing.assert_array_equal(out, stack(distinct(), STARTS, LENGTH))
         assert reading.nbytes == sum(nbytes for *_, nbytes in matrix.array.store.reads) > 0
 

@@ -513,7 +513,8 @@ def test_arrays_that_are_no_matrix(tmp_path, array):
 
 
 @pytest.mark.parametrize(
-    "name", ["A.npy", "A.h5", "A.h5::test", "A.zarr", "A.bin", "no/A.npy", "s3://bucket/A.zarr", "random", "a::b", ""]
+    "name",
+    ["A.npy", "A.h5", "A.h5::test", "A.zarr", "A.bin", "no/A.npy", "memory://nothing/A.zarr", "random", "a::b", ""],
 )
 def test_absent(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -155,6 +155,33 @@ def test_metadata_that_changed(name, document, folder):
         stamp.check()
 
 
+@pytest.mark.parametrize("form", [2, 3])
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_matrix_that_was_replaced_since_it_was_opened(tmp_path, kind, form):
+    """Read by the old layout, the new one's bytes would be garbage."""
+    store = LocalStore(tmp_path / "A.zarr") if kind == "local" else zarr.storage.MemoryStore()
+
+    def write(dtype, **attributes):
+        values = np.arange(1, 401).reshape(100, 4).astype(dtype)
+        array = zarr.create_array(
+            store, shape=(100, 4), chunks=(50, 4), dtype=dtype, zarr_format=form, compressors=None, overwrite=True
+        )
+        array.attrs.update(attributes)
+        array[:] = values
+        return array
+
+    matrix = pipeline.open_matrix(write("f8"))
+    plan = pipeline.plan_windows(matrix, [0, 60], length=3)
+    before = pipeline.gather(plan)
+    write("f8", units="m")
+    np.testing.assert_array_equal(pipeline.gather(plan), before)
+    write("i8")
+    for sink in (pipeline.gather, lambda plan: pipeline.store(plan, tmp_path / "w.zarr")):
+        with pytest.raises(pipeline.IntegrityError, match=r"(zarr.json|\.zarray) of .* was changed; open it again"):
+            sink(plan)
+    assert not (tmp_path / "w.zarr").exists()
+
+
 def test_what_is_drawn_or_read_in_another_way_is_another_source(kept):
     sources = [
         *(open_source("random:10x3", seed=seed) for seed in (0, 1)),
