@@ -12,27 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.arrays import locate_array
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
-from pipeline.encoding import slab_nbytes, writing_nbytes
+from pipeline.encoding import slab_nbytes
 from pipeline.errors import InputError
 from pipeline.journal import Request
-from pipeline.matrix import Matrix, html_table, local_folder, open_matrix
+from pipeline.matrix import Matrix, html_table, open_matrix
 from pipeline.memory import budget, parse_size
-from pipeline.record import seal_folder
+from pipeline.outputs import find_output
 from pipeline.report import Watch
 from pipeline.runs import open_run, run_tasks, writing
-from pipeline.shards import Compression, Cut, create_array, cut_rows, write_entries
+from pipeline.shards import Compression, Cut, cut_rows
+from pipeline.sights import source_sights
 from pipeline.sizes import count_of, format_size
 from pipeline.sources import Source, open_source
-from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
 from pipeline.stamps import stamp_source
 from pipeline.tasks import Receipt, name_tasks
+from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import zarr
     from numpy.typing import DTypeLike, NDArray
 
-    from pipeline.staging import Stage
+    from pipeline.locations import Location, Url
+    from pipeline.outputs import Output, Stage, Writer
     from pipeline.stamps import Stamp
 
 _READ_SHARE = 0.25
@@ -44,9 +49,7 @@ class Creation:
     """How a source will become a matrix, and what that costs. Frozen; made by `plan_creation`."""
 
     source: Source
-    dest: Path
-    place: Path
-    """The same, whatever the working directory becomes."""
+    output: Output
     cut: Cut
     compress: Compression | None
     task_rows: int
@@ -54,6 +57,11 @@ class Creation:
     memory: int | None
     resume: bool
     overwrite: bool
+
+    @property
+    def dest(self) -> Location:
+        """Where the matrix goes, as it was named."""
+        return self.output.location
 
     @property
     def rows(self) -> int:
@@ -95,7 +103,7 @@ class Creation:
         """Memory that one task holds."""
         rows = self.task_rows * self.row_nbytes
         file_nbytes, chunk_nbytes = self.cut.file * self.row_nbytes, self.cut.chunk * self.row_nbytes
-        writing = writing_nbytes(file_nbytes, chunk_nbytes, plain=self.compress is None)
+        writing = self.output.writing_nbytes(file_nbytes, chunk_nbytes, plain=self.compress is None)
         if self.streams:
             return slab_nbytes(file_nbytes, chunk_nbytes) + writing
         return rows + writing + (self.source.chunk_rows * self.row_nbytes if self.source.chunk_rows > 1 else 0)
@@ -126,35 +134,29 @@ class Creation:
         self.footprint()
         stamp = stamp_source(self.source)
         request = self.request(stamp)
-        if self.resume and is_finished(self.place, request):
+        if self.resume and self.output.is_finished(request):
             return self._open()
-        with stage_output(
-            self.place,
-            request,
-            cut=self.task_rows,
-            nbytes=self.least_nbytes,
-            resume=self.resume,
-            overwrite=self.overwrite,
-        ) as stage:
-            self._write(stage, watch, replace(self, task_rows=stage.cut).footprint().at_once)
+        given = {"resume": self.resume, "overwrite": self.overwrite}
+        with self.output.stage(request, cut=self.task_rows, nbytes=self.least_nbytes, **given) as stage:
+            self._write(stage, watch, replace(self, task_rows=stage.cut).footprint().fits)
             # Whatever changed while it was read, an exit 0 would call it a copy.
             stamp.check()
             ours: dict[str, Any] = {"kind": "matrix", "request": request.facts}
             parts = getattr(self.source, "parts", None)
             if parts is not None:
                 ours["parts"] = parts.tolist()
-            seal_folder(stage.output, chain.from_iterable(stage.done.values()), ours)
+            stage.seal(chain.from_iterable(stage.done.values()), ours)
         return self._open()
 
     def _open(self) -> Matrix:
         """Open what was made, under the name that was given."""
-        return replace(open_matrix(self.place), path=str(self.dest))
+        return replace(open_matrix(self.output.place), path=str(self.dest))
 
     def _write(self, stage: Stage, watch: Watch, at_once: int) -> None:
         """Run the tasks that are not finished yet."""
         shape, rows = self.source.shape, stage.cut
-        array = create_array(
-            stage.output,
+        writer = stage.create_array(
+            None,
             shape=shape,
             dtype=self.source.dtype,
             cut=self.cut,
@@ -167,9 +169,12 @@ class Creation:
         for number, first, stop in cuts:
             if number in stage.done:
                 watch.task_kept(stop - first)
+        survey = survey_workers((*source_sights(self.source), *writer.sights()), say=watch.say)
         with open_run() as run:
-            arguments = ((self.source, array, self.streams, *each, run) for each in cuts if each[0] not in stage.done)
-            for receipt in run_tasks(name_tasks("create", copy_rows, arguments), at_once=at_once):
+            arguments = ((self.source, writer, self.streams, *each, run) for each in cuts if each[0] not in stage.done)
+            tasks = name_tasks("create", survey.guard(copy_rows), arguments)
+            span = ("pipeline", "create", self.dest.name)
+            for receipt in run_tasks(tasks, at_once=survey.bound(at_once), span=span, retried=watch.task_retried):
                 stage.finish((receipt.number, receipt.files))
                 watch.task_done(receipt)
         stage.check_complete(len(cuts))
@@ -216,6 +221,7 @@ def create_matrix(
     memory: int | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Matrix:
     """Make a matrix from what is there; it appears only when it is complete.
 
@@ -227,7 +233,7 @@ def create_matrix(
         A path: `.npy`, raw binary, HDF5 (`file.h5::dataset`), Zarr; several, stacked by rows, whose borders are kept
         as `matrix.parts`; an open `zarr.Array`; or `"random:ROWSxCOLS"`, uniform in [0, 1).
     dest
-        Folder to make; it ends in `.zarr`.
+        Folder to make, or URL of a place on an object store (`s3://`, `gs://`, `az://`); it ends in `.zarr`.
     dtype, row_shape
         Of raw binary, and of nothing else; `dtype` also of `random:`.
     dataset
@@ -248,6 +254,9 @@ def create_matrix(
         Whether to go on where an interrupted run of the same request ended; nothing is done where it is finished.
     overwrite
         Whether a Zarr that this package wrote may be replaced.
+    storage_options
+        Of a URL of `dest`, for the library that writes there (obstore): region, endpoint, credentials. They go to the
+        workers. What is not given, each worker takes from its environment.
 
     Raises
     ------
@@ -282,6 +291,7 @@ def create_matrix(
         memory=memory,
         resume=resume,
         overwrite=overwrite,
+        storage_options=storage_options,
     )
     return creation.run(Watch())
 
@@ -302,12 +312,12 @@ def plan_creation(
     memory: int | str | None,
     resume: bool,
     overwrite: bool,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Creation:
     """Open the sources and decide everything about the matrix; nothing is created."""
-    dest = Path(dest)
-    place = dest.absolute()
-    if dest.suffix != ".zarr":
-        raise InputError(f"a matrix is a Zarr array in a folder; got {dest}; name it .zarr")
+    output = find_output(dest, storage_options)
+    if output.location.suffix != ".zarr":
+        raise InputError(f"a matrix is a Zarr array in a folder; got {output.location}; name it .zarr")
     if compress not in (None, "zstd", "blosc"):
         raise InputError(f"compress is zstd or blosc; got {compress!r}; choose one, or leave it out")
     for name, value, least in (("length", length, 1), ("chunk_rows", chunk_rows, 1), ("shard_rows", shard_rows, 0)):
@@ -315,8 +325,8 @@ def plan_creation(
             raise InputError(f"{name} is a whole number of rows; got {value!r}; give one of at least {least}")
     opened = open_source(source, dtype=dtype, row_shape=row_shape, dataset=dataset, axis=axis, seed=seed)
     if not resume:
-        check_destination(dest, nbytes=0, overwrite=overwrite)
-    check_apart(dest, _inputs(source))
+        output.check(nbytes=0, overwrite=overwrite)
+    output.check_apart(_inputs(source))
     row_nbytes = math.prod(opened.shape[1:]) * opened.dtype.itemsize
     cut = cut_rows(
         opened.shape[0], row_nbytes, length=length, compress=compress, chunk_rows=chunk_rows, shard_rows=shard_rows
@@ -325,23 +335,21 @@ def plan_creation(
     # A source's chunk that spans many shards would be decoded for each of them: let a task write several.
     room = int(budget(limit).nbytes * _READ_SHARE)
     files = max(1, min(-(-opened.chunk_rows // cut.file), room // (cut.file * row_nbytes)))
-    creation = Creation(opened, dest, place, cut, compress, files * cut.file, limit, resume, overwrite)
-    if not (resume and is_result(dest, creation.request(stamp_source(opened)))):
-        check_destination(dest, nbytes=creation.least_nbytes, resume=resume, overwrite=overwrite)
+    creation = Creation(opened, output, cut, compress, files * cut.file, limit, resume, overwrite)
+    if not (resume and output.is_result(creation.request(stamp_source(opened)))):
+        output.check(nbytes=creation.least_nbytes, resume=resume, overwrite=overwrite)
     creation.footprint()
     return creation
 
 
-def _inputs(source: Any) -> list[str]:
-    """Files and folders that a source names."""
+def _inputs(source: Any) -> list[str | Path | Url]:
+    """Files, folders and URLs that a source names."""
     given = [source] if isinstance(source, str | Path) or not isinstance(source, Sequence) else source
-    names = [each if isinstance(each, str | Path) else local_folder(each) for each in given]
-    return [str(name).split("::")[0] for name in names if name is not None]
+    names = [str(each).split("::")[0] if isinstance(each, str | Path) else locate_array(each) for each in given]
+    return [name for name in names if name is not None]
 
 
-def copy_rows(
-    source: Source, array: zarr.Array[Any], streams: bool, number: int, first: int, stop: int, run: str
-) -> Receipt:
+def copy_rows(source: Source, writer: Writer, streams: bool, number: int, first: int, stop: int, run: str) -> Receipt:
     """Read rows [first, stop) of a source, all before the first is written unless it streams, and write them."""
     begin = time.perf_counter()
     read_seconds = 0.0
@@ -355,7 +363,7 @@ def copy_rows(
 
     rows = None if streams else read(first, stop)
     with writing(run):
-        files = write_entries(array, first, stop, read if rows is None else lambda a, b: rows[a - first : b - first])
+        files = writer.write(first, stop, read if rows is None else lambda a, b: rows[a - first : b - first], number)
     nbytes = (stop - first) * math.prod(source.shape[1:]) * source.dtype.itemsize
     write_seconds = time.perf_counter() - begin - read_seconds
     return Receipt(number, stop - first, nbytes, read_seconds, write_seconds=write_seconds, files=tuple(files))

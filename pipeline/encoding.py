@@ -18,7 +18,7 @@ from pipeline.layout import Files
 from pipeline.record import FileRecord, extend_crc32, record_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -79,11 +79,11 @@ def write_plain(
     path = Path(files.path(first // layout.file_rows))
     _make_folders(Path(files.root), path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    entry_nbytes = math.prod(entry_shape) * dtype.itemsize
+    parts = encode_plain(layout, entry_shape, dtype, first, stop, read)
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
-            written, crc32c = _encode(fd, layout, entry_nbytes, first, stop, lambda a, b: _as_bytes(read(a, b), dtype))
+            written, crc32c = _write_parts(fd, parts)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -111,20 +111,25 @@ def _check_written(path: Path, nbytes: int, crc32c: int) -> None:
         raise IntegrityError(f"a file reads back as it was written; {path} does not: check the disk and memory")
 
 
-def _as_bytes(entries: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(entries, dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+def encode_plain(
+    layout: Layout,
+    entry_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    first: int,
+    stop: int,
+    read: Callable[[int, int], NDArray[Any]],
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of one file in parts, each good until the next: its chunks, then the index of a shard.
 
-
-def _encode(
-    fd: int, layout: Layout, entry_nbytes: int, first: int, stop: int, read: Callable[[int, int], NDArray[np.uint8]]
-) -> tuple[FileRecord, int]:
-    """Write the chunks of a file, and the index of a shard behind them; return what was written, and its crc32c."""
+    Parameters are those of `write_plain`; the layout may also be that of a `ranged` reader.
+    """
+    entry_nbytes = math.prod(entry_shape) * dtype.itemsize
     chunk_nbytes = layout.chunk_rows * entry_nbytes
     step = slab_nbytes(layout.file_rows * entry_nbytes, chunk_nbytes) // entry_nbytes
     slab = np.empty((step // layout.chunk_rows, chunk_nbytes + CHECKSUM_NBYTES), np.uint8)
-    written = crc32 = crc32c = 0
+    written = 0
     for start in range(first, stop, step):
-        entries = read(start, min(start + step, stop))
+        entries = _as_bytes(read(start, min(start + step, stop)), dtype)
         whole, rest = divmod(len(entries), chunk_nbytes)
         chunks = slab[: whole + bool(rest)]
         chunks[:whole, :-CHECKSUM_NBYTES] = entries[: len(entries) - rest].reshape(whole, chunk_nbytes)
@@ -135,18 +140,34 @@ def _encode(
         for chunk in chunks:
             checksum = google_crc32c.value(chunk[:-CHECKSUM_NBYTES])
             chunk[-CHECKSUM_NBYTES:] = np.frombuffer(checksum.to_bytes(CHECKSUM_NBYTES, "little"), np.uint8)
-        encoded = chunks.reshape(-1)
-        crc32, crc32c = extend_crc32(crc32, encoded), google_crc32c.extend(crc32c, encoded)
-        _write_fully(fd, memoryview(encoded))
-        if hasattr(os, "posix_fadvise"):
-            # Linux starts writing such pages to the disk at once, so that the flush at the end finds little to do.
-            os.posix_fadvise(fd, written, len(encoded), os.POSIX_FADV_DONTNEED)
-        written += len(encoded)
+        written += chunks.size
+        yield chunks.reshape(-1)
     if layout.files.index is not None:
         index = layout.files.index.encode(np.arange(0, written, slab.shape[1]), slab.shape[1])
-        crc32, crc32c = extend_crc32(crc32, index), google_crc32c.extend(crc32c, index)
-        _write_fully(fd, memoryview(index))
-        written += len(index)
+        yield np.frombuffer(index, np.uint8)
+
+
+def encoded_nbytes(layout: Layout, entry_nbytes: int, entries: int) -> int:
+    """Bytes that `encode_plain` yields for so many entries."""
+    index = layout.files.index
+    chunks = -(-entries // layout.chunk_rows)
+    return chunks * (layout.chunk_rows * entry_nbytes + CHECKSUM_NBYTES) + (index.nbytes if index else 0)
+
+
+def _as_bytes(entries: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(entries, dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+
+
+def _write_parts(fd: int, parts: Iterator[NDArray[np.uint8]]) -> tuple[FileRecord, int]:
+    """Write a file as it is encoded; return what was written, and its crc32c."""
+    written = crc32 = crc32c = 0
+    for part in parts:
+        crc32, crc32c = extend_crc32(crc32, part), google_crc32c.extend(crc32c, part)
+        _write_fully(fd, memoryview(part))
+        if hasattr(os, "posix_fadvise"):
+            # Linux starts writing such pages to the disk at once, so that the flush at the end finds little to do.
+            os.posix_fadvise(fd, written, len(part), os.POSIX_FADV_DONTNEED)
+        written += len(part)
     return FileRecord("", written, crc32), crc32c
 
 

@@ -90,16 +90,20 @@ class Journal:
     def append(self, tasks: Iterable[tuple[int, tuple[FileRecord, ...]]]) -> None:
         """Note finished tasks, whose bytes are on the disk."""
         tasks = list(tasks)
-        _write(self._path, "ab", [{"task": number, "files": files} for number, files in tasks])
+        _write(self._path, "ab", [_entry(number, files) for number, files in tasks])
         self.done.update(tasks)
 
     def rewrite(self) -> None:
         """Write the journal anew, of what `done` holds now: lines that were cut off, or proved wrong, are gone."""
         header = {"version": _VERSION, "cut": self.cut, "request": self.facts}
-        entries = [header, *({"task": number, "files": files} for number, files in self.done.items())]
+        entries = [header, *(_entry(number, files) for number, files in self.done.items())]
         partial = self._path.with_name(f"{self._path.name}.partial")
         _write(partial, "wb", entries)
         partial.replace(self._path)
+
+
+def _entry(number: int, files: tuple[FileRecord, ...]) -> dict[str, Any]:
+    return {"task": number, "files": [(each.key, each.nbytes, each.crc32) for each in files]}
 
 
 def _write(path: Path, mode: str, entries: list[dict[str, Any]]) -> None:

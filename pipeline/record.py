@@ -47,6 +47,8 @@ class FileRecord(NamedTuple):
     nbytes: int
     crc32: int
     """Of all its bytes; see `extend_crc32`."""
+    tag: str = ""
+    """What an object store calls these bytes; empty for a file in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,42 +116,61 @@ def seal_folder(root: Path, files: Iterable[FileRecord], ours: dict[str, Any]) -
     absent = [key for key in known if not (root / key).is_file()]
     if absent:
         raise IntegrityError(f"an output holds what was written; {root / absent[0]} is gone; go on with --resume")
-    document = json.loads((root / METADATA).read_bytes())
-    sealed = ours | {"files": {key: [known[key].nbytes, f"{known[key].crc32:08x}"] for key in sorted(known)}}
-    document.setdefault("attributes", {})[ATTRIBUTE] = sealed
-    sealed["digest"] = _digest(document)
+    sealed = seal_document((root / METADATA).read_bytes(), known.values(), ours)
     partial = root / f"{METADATA}.partial"
-    with partial.open("w") as file:
-        json.dump(document, file, indent=1)
+    with partial.open("wb") as file:
+        file.write(sealed)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(root / METADATA)
 
 
+def seal_document(document: bytes, files: Iterable[FileRecord], ours: dict[str, Any]) -> bytes:
+    """Add the record of a finished output to the metadata of its root; `files` and `ours` as for `seal_folder`."""
+    sealed = json.loads(document)
+    listed = {each.key: [each.nbytes, f"{each.crc32:08x}"] for each in sorted(files)}
+    added = ours | {"files": listed}
+    sealed.setdefault("attributes", {})[ATTRIBUTE] = added
+    added["digest"] = _digest(sealed)
+    return json.dumps(sealed, indent=1).encode()
+
+
 def read_record(root: Path) -> Record | None:
-    """Return what an output says of itself; None where it has no record of ours.
+    """Return what the output in a folder says of itself; see `parse_record`."""
+    try:
+        document = (root / METADATA).read_bytes()
+    except OSError as error:
+        raise OpenError(f"an output has metadata; {root / METADATA}: {error.strerror}; restore it") from error
+    return parse_record(document, str(root / METADATA))
+
+
+def parse_record(document: bytes, name: str) -> Record | None:
+    """Return what an output says of itself in the metadata of its root; None where they have no record of ours.
+
+    Parameters
+    ----------
+    name
+        Of the metadata, for messages.
 
     Raises
     ------
     OpenError
-        If its metadata cannot be read, or are no JSON object.
+        If they are no JSON object.
     """
     try:
-        document = json.loads((root / METADATA).read_bytes())
-        ours = document.get("attributes", {}).get(ATTRIBUTE)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise OpenError(f"an output has metadata; {root / METADATA}: {reason}; restore it") from error
+        parsed = json.loads(document)
+        ours = parsed.get("attributes", {}).get(ATTRIBUTE)
+    except (ValueError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise OpenError(f"an output has metadata; {name}: {reason}; restore it") from error
     if not isinstance(ours, dict) or not isinstance(ours.get("files"), dict):
         return None
     try:
         files = {key: FileRecord(key, int(size), int(crc, 16)) for key, (size, crc) in ours["files"].items()}
     except (ValueError, TypeError) as error:
-        raise OpenError(
-            f"a record names sizes and checksums; that in {root / METADATA} does not; restore it"
-        ) from error
+        raise OpenError(f"a record names sizes and checksums; that in {name} does not; restore it") from error
     digest = ours.pop("digest", None)
-    return Record(ours, files, digest == _digest(document))
+    return Record(ours, files, digest == _digest(parsed))
 
 
 def list_files(root: Path) -> Iterator[tuple[str, int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
+from pipeline.locations import locate
 from pipeline.matrix import open_matrix
 from pipeline.plan import plan_windows
 from pipeline.staging import check_apart
@@ -50,7 +51,7 @@ def prepare_request(
     from pipeline.tasks import check_order
     from pipeline.writeback import prepare_storing
 
-    suffix = Path(out).suffix if out is not None else None
+    suffix = locate(out).suffix if out is not None else None
     if suffix not in (None, ".zarr", ".npy"):
         raise InputError(f"--out ends in .zarr or .npy; got {out!r}; rename it")
     if order is not None and suffix != ".zarr":
@@ -59,7 +60,7 @@ def prepare_request(
     opened.check_length(length)
     if starts is not None:
         if out is not None and starts != "-":
-            check_apart(Path(out), [starts])
+            check_apart(locate(out), [starts])
         chosen = load_starts(starts)
     else:
         if within and opened.parts is None:
@@ -70,7 +71,7 @@ def prepare_request(
     function = None if apply_name is None else _load_function(apply_name)
     if resume and out is None:
         raise InputError("--resume goes on with an output; got no --out; name one, or drop it")
-    replacing = {"resume": resume, "overwrite": overwrite}
+    replacing: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
     if out is not None and suffix == ".zarr":
         sequence = check_order(order or "request")
         return opened, prepare_storing(planned, out, apply=function, order=sequence, **replacing)

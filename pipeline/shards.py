@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     import zarr
     from numpy.typing import NDArray
+    from zarr.abc.store import Store
 
     from pipeline.layout import Layout
     from pipeline.record import FileRecord
@@ -55,7 +56,7 @@ class Cut:
 
 
 def create_array(
-    path: Path,
+    path: Path | Store,
     name: str | None = None,
     *,
     shape: tuple[int, ...],
@@ -67,7 +68,7 @@ def create_array(
 ) -> zarr.Array[Any]:
     """Create a Zarr v3 array in the layout that this package writes, to be filled by `write_entries`.
 
-    It lies in the folder `path`, or, by its name, in the group that is there.
+    It lies in the folder or store `path`, or, by its name, in the group that is there.
     """
     import zarr
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.journal import Journal
+from pipeline.locations import locate
 from pipeline.npy import is_whole_npy, read_mark
 from pipeline.record import list_files, read_record, record_file
 from pipeline.sizes import count_of, format_size
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from pipeline.journal import Request
+    from pipeline.locations import Location, Url
     from pipeline.record import FileRecord
 
 _AT_FDCWD, _EXCHANGE = -100, 2
@@ -304,14 +306,25 @@ def _sync_tree(output: Path) -> None:
         sync_path(Path(folder))
 
 
-def check_apart(path: Path, inputs: Iterable[str | Path]) -> None:
+def check_apart(location: Location, inputs: Iterable[str | Path | Url]) -> None:
     """Raise OutputExistsError where an output is one of its inputs, lies inside of one, or holds one."""
-    for each in inputs:
-        source = Path(each).resolve()
-        for place in (path.resolve(), _partial(path).resolve()):
-            if place != source and source not in place.parents and place not in source.parents:
-                continue
-            raise OutputExistsError(f"an output lies apart from its input; {path} and {each} do not; name another")
+    own = [_parts(each) for each in (location, location.with_name(location.name + ".partial"))]
+    for source in map(locate, inputs):
+        parts = _parts(source)
+        for mine in own:
+            shared = min(len(mine), len(parts))
+            if mine[:shared] == parts[:shared]:
+                raise OutputExistsError(
+                    f"an output lies apart from its input; {location} and {source} do not; name another"
+                )
+
+
+def _parts(location: Location) -> tuple[str, ...]:
+    """Names that lead to a place, from the top of what it lies in."""
+    if isinstance(location, Path):
+        return location.resolve().parts
+    # Options may lead to another server of the same bucket: refused all the same.
+    return (location.scheme, location.host, *filter(None, location.path.split("/")))
 
 
 def check_destination(path: Path, *, nbytes: int, resume: bool = False, overwrite: bool) -> None:
