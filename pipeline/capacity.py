@@ -15,6 +15,7 @@ from pipeline.errors import BudgetError, InputError
 from pipeline.memory import budget, held_nbytes
 from pipeline.sizes import MIB, format_size
 
+_ASK_SECONDS = 3
 _OWN_NBYTES = 64 * MIB
 """What the interpreter grows by while it runs: a cluster's threads, buffers, the code of what is imported late."""
 
@@ -58,12 +59,32 @@ def count_threads(client: Any) -> int:
     return int(dask_config.get("num_workers", None) or CPU_COUNT)
 
 
+def measure_workers(client: Any) -> tuple[int, int]:
+    """Count the workers that no process of ours has started, and the bytes that they hold, as far as is known.
+
+    Callable from any thread; the scheduler is asked, and not waited for.
+    """
+    if client is None:
+        return 0, 0
+    from distributed import LocalCluster
+
+    if isinstance(client.cluster, LocalCluster):
+        # They are descendants of this process.
+        return 0, 0
+    with suppress(Exception):
+        known = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=_ASK_SECONDS)["workers"]
+        return len(known), sum(worker["metrics"]["memory"] for worker in known.values())
+    return 0, 0
+
+
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """How much of a run is under way at once, and the memory that this takes."""
 
     at_once: int
     """Tasks that are under way, or whose results are not yet taken."""
+    fits: int
+    """Tasks that memory would allow, were there as many threads."""
     peak_nbytes: int
     """Memory of all processes of this run on this machine, at its peak."""
 
@@ -93,7 +114,7 @@ def fit_memory(
     held
         Bytes that are held all the while: the result.
     enough
-        Bytes that more tasks at once should not pass where the user sets no limit.
+        Bytes, beside what is held already, that more tasks at once should not pass where the user sets no limit.
     way_out
         Ends the error.
 
@@ -103,12 +124,14 @@ def fit_memory(
         If not even one task fits beside what is held.
     """
     allowed = budget(limit)
-    needed = held_nbytes() + _OWN_NBYTES + held + task_nbytes
+    before = held_nbytes() + held
+    needed = before + _OWN_NBYTES + task_nbytes
     if needed > allowed.nbytes:
         raise BudgetError(
             f"a run fits its memory; {what} needs {format_size(needed)}, {allowed.source} allows "
             f"{format_size(allowed.nbytes)}; {way_out}"
         )
-    most = allowed.nbytes if enough is None or limit is not None else min(allowed.nbytes, max(needed, enough))
-    at_once = min(2 * threads, 1 + (most - needed) // max(1, task_nbytes))
-    return Footprint(at_once, needed + (min(at_once, threads) - 1) * task_nbytes)
+    most = allowed.nbytes if enough is None or limit is not None else min(allowed.nbytes, max(needed, before + enough))
+    fits = 1 + (most - needed) // max(1, task_nbytes)
+    at_once = min(2 * threads, fits)
+    return Footprint(at_once, fits, needed + (min(at_once, threads) - 1) * task_nbytes)

@@ -2,77 +2,40 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
+from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.cluster import check_client
 from pipeline.errors import InputError, IntegrityError
 from pipeline.identity import name_function
 from pipeline.journal import Request, digest_array
+from pipeline.locations import locate
 from pipeline.npy import create_npy, map_npy, mark_npy, reopen_npy
-from pipeline.readers import check_files
+from pipeline.placing import file_array, fill_array, is_large, new_array, own_array
 from pipeline.record import record_entries
 from pipeline.report import Watch
-from pipeline.runs import close_run, open_run, run_tasks, writing
+from pipeline.sights import matrix_sights
 from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
 from pipeline.stamps import stamp_matrix
-from pipeline.tasks import Apply, Receipt, Work, check_apply_travels, make_block, name_tasks, prepare_work, read_windows
+from pipeline.tasks import Apply, Receipt, Work, check_apply_travels, prepare_work
+from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from pipeline.capacity import Footprint
-    from pipeline.plan import Cost, Plan, Task
+    from pipeline.plan import Cost, Plan
     from pipeline.staging import Stage
     from pipeline.stamps import Stamp
+    from pipeline.workers import Survey
 
 _FLUSH_SHARE = 4
 """Seconds of work for each second that flushing an `.npy` took, before the next: its pages lie scattered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """An array that tasks of this process write into."""
-
-    array: NDArray[Any]
-    recorded: bool
-    """Whether receipts tell what was written."""
-
-
-_destinations: dict[str, Destination] = {}
-"""By the id of their run."""
-# A child that is forked during a run has a copy of the array, and would write into that.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_destinations.clear)
-
-
-def place_block(work: Work, task: Task, run: str) -> tuple[NDArray[np.int64], NDArray[Any], Receipt] | Receipt:
-    """Put a task's windows into their places in the run's array where this process holds it; else return them."""
-    destination = _destinations.get(run)
-    if work.apply is None and destination is not None:
-        with writing(run):
-            receipt = read_windows(work, task, destination.array, task.places)
-            return _with_record(receipt, destination, task.places)
-    # The run waits for its writers when it ends: `apply`, which may take long, is none of them.
-    block, receipt = make_block(work, task)
-    if destination is None:
-        return task.places, block, receipt
-    with writing(run):
-        destination.array[task.places] = block
-        return _with_record(receipt, destination, task.places)
-
-
-def _with_record(receipt: Receipt, destination: Destination, places: NDArray[np.int64]) -> Receipt:
-    """Add to a receipt what its windows hold now."""
-    return replace(receipt, files=(record_entries(destination.array, places),)) if destination.recorded else receipt
 
 
 def gather(
@@ -85,8 +48,8 @@ def gather(
 ) -> NDArray[Any]:
     """Read every window into one array, in request order.
 
-    Tasks run on the active `distributed.Client`, else on Dask's threaded scheduler. Workers in this process write
-    straight into the array; others send their blocks, of which only a bounded number is held.
+    Tasks run on the active `distributed.Client`, else on Dask's threaded scheduler. Workers on this host write straight
+    into the array; others send their blocks, of which only a bounded number is held.
 
     Parameters
     ----------
@@ -107,7 +70,8 @@ def gather(
     Returns
     -------
     ndarray
-        (n, length, *row_shape), or (n, ...) as `apply` made it.
+        (n, length, *row_shape), or (n, ...) as `apply` made it. Where other processes on this host filled it, a child
+        that is forked writes into the same memory as its parent.
 
     Raises
     ------
@@ -139,6 +103,8 @@ class Gathering:
 
     plan: Plan
     work: Work
+    stamp: Stamp
+    """What the matrix was when it was checked."""
     out: NDArray[Any] | Path | None
     place: Path
     """Where the file goes, whatever the working directory becomes."""
@@ -160,18 +126,34 @@ class Gathering:
         """What reading costs."""
         return self.plan.chunk
 
-    def footprint(self, windows: int | None = None) -> Footprint:
-        """Memory of the run, with so many windows a task; BudgetError where it does not fit."""
+    def footprint(self, windows: int | None = None, survey: Survey | None = None) -> Footprint:
+        """Memory of the run on this machine; BudgetError where it does not fit.
+
+        Parameters
+        ----------
+        windows
+            Of a task.
+        survey
+            Of the workers; None: those of this machine, before they were asked.
+        """
         plan, work, client = self.plan, self.work, active_client()
         if client is not None:
             check_client(client)
         windows = min(windows or plan.task_windows, len(plan))
-        block = windows * work.result.nbytes
-        each = plan.reading_nbytes
-        if work.apply is not None:
-            each += windows * plan.window_nbytes + block
-        if not shares_memory(client):
-            each += block
+        block, elsewhere = windows * work.result.nbytes, survey is not None and not survey.in_process
+        each = 0
+        if survey is None or survey.same_host:
+            each = plan.reading_nbytes
+            if work.apply is not None:
+                each += windows * plan.window_nbytes + block
+            elif elsewhere:
+                # At most: a worker need not hold all windows of a task until they are written.
+                each += block
+        if survey is not None and elsewhere:
+            placed = survey.shares and not isinstance(self.out, np.ndarray)
+            if not (placed and is_large(self.shape, work.result.dtype)):
+                # What the client copies to its place.
+                each += block
         held = self.nbytes if self.out is None else 0
         way_out = (
             "write it to disk with --out X.npy or X.zarr (out= of gather, or store)" if held else "raise the limit"
@@ -179,11 +161,11 @@ class Gathering:
         what = f"the array of {len(plan):,} windows" if held else "one task"
         return fit_memory(each, plan.memory, threads=count_threads(client), held=held, what=what, way_out=way_out)
 
-    def request(self, stamp: Stamp) -> Request:
+    def request(self) -> Request:
         """What decides the bytes of the file."""
         facts = {
             "kind": "npy",
-            "matrix": stamp.digest,
+            "matrix": self.stamp.digest,
             "starts": digest_array(self.plan.starts),
             "length": str(self.plan.length),
             "apply": name_function(self.work.apply),
@@ -193,41 +175,56 @@ class Gathering:
 
     def run(self, watch: Watch) -> NDArray[Any]:
         """Read the windows, telling `watch` of every task that is done."""
-        plan, footprint, dtype = self.plan, self.footprint(), self.work.result.dtype
-        client = active_client()
-        if not shares_memory(client):
+        plan = self.plan
+        survey = survey_workers(matrix_sights(plan.matrix), say=watch.say, reach=True)
+        footprint = self.footprint(survey=survey)
+        if not survey.in_process:
             check_apply_travels(self.work)
-        placed = shares_memory(client) and self.work.apply is None
-        windows = plan.fit_tasks(threads=count_threads(client), placed=placed)
-        stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+        placed = survey.in_process and self.work.apply is None
+        windows = plan.fit_tasks(threads=count_threads(active_client()), placed=placed)
         if not isinstance(self.out, Path):
-            out = np.empty(self.shape, dtype) if self.out is None else self.out
-            cut = list(plan.tasks("chunk", windows=windows))
-            watch.begin(len(cut), len(plan), out.nbytes)
-            for receipt in self._fill(out, cut, footprint.at_once, recorded=False):
-                watch.task_done(receipt)
-            stamp.check()
+            out = self._fill(survey, watch, windows, footprint.fits)
+            self.stamp.check()
             return out
-        request = self.request(stamp)
+        request = self.request()
         if not (self.resume and is_finished(self.place, request)):
             with stage_output(
                 self.place, request, cut=windows, nbytes=self.nbytes, resume=self.resume, overwrite=self.overwrite
             ) as stage:
-                self._write(stage, watch, self.footprint(stage.cut).at_once)
-                stamp.check()
+                self._write(stage, survey, watch, self.footprint(stage.cut, survey).fits)
+                self.stamp.check()
                 mark_npy(stage.output, request.digest)
         return map_npy(self.place, "c")
 
-    def _write(self, stage: Stage, watch: Watch, at_once: int) -> None:
+    def _fill(self, survey: Survey, watch: Watch, windows: int, at_once: int) -> NDArray[Any]:
+        """Fill an array in memory by tasks of so many windows."""
+        if isinstance(self.out, np.ndarray):
+            destination = own_array(self.out, survey, step=windows)
+        else:
+            destination = new_array(self.shape, self.work.result.dtype, survey, step=windows)
+        cut = list(self.plan.tasks("chunk", windows=windows))
+        watch.begin(len(cut), len(self.plan), self.plan.nbytes)
+        try:
+            watched = {"span": ("pipeline", "gather", "array"), "retried": watch.task_retried}
+            for receipt in fill_array(destination, self.work, cut, survey, at_once=at_once, **watched):
+                watch.task_done(receipt)
+        except BaseException:
+            destination.abandon()
+            raise
+        destination.close()
+        return destination.array
+
+    def _write(self, stage: Stage, survey: Survey, watch: Watch, at_once: int) -> None:
         """Fill an `.npy` by the tasks that are not finished yet, each journaled once its windows are on the disk."""
         plan, dtype = self.plan, self.work.result.dtype
         if not (stage.done and reopen_npy(stage.output, dtype, self.shape)):
             stage.redo(list(stage.done))
             create_npy(stage.output, dtype, self.shape)
         array = map_npy(stage.output, "r+")
+        destination = file_array(array, survey, step=stage.cut)
         cut = list(plan.tasks("chunk", windows=stage.cut))
         stage.redo([n for n, files in stage.done.items() if (record_entries(array, cut[n].places),) != files])
-        watch.begin(len(cut), len(plan), self.nbytes)
+        watch.begin(len(cut), len(plan), plan.nbytes)
         for task in cut:
             if task.number in stage.done:
                 watch.task_kept(len(task.places))
@@ -236,34 +233,20 @@ class Gathering:
         due = 0.0
         try:
             todo = [task for task in cut if task.number in places]
-            for receipt in self._fill(array, todo, at_once, recorded=True):
+            watched = {"span": ("pipeline", "gather", self.place.name), "retried": watch.task_retried}
+            for receipt in fill_array(destination, self.work, todo, survey, at_once=at_once, **watched):
                 flushed.append(receipt)
                 if time.monotonic() >= due:
                     begin = time.monotonic()
                     _flush(stage, array, flushed, places, watch)
                     due = time.monotonic() + _FLUSH_SHARE * (time.monotonic() - begin)
+        except BaseException:
+            destination.abandon()
+            raise
         finally:
             _flush(stage, array, flushed, places, watch)
+        destination.close()
         stage.check_complete(len(cut))
-
-    def _fill(self, out: NDArray[Any], cut: list[Task], at_once: int, *, recorded: bool) -> Iterator[Receipt]:
-        """Run tasks, and yield the receipt of each once its windows are in their places."""
-        destination = Destination(out, recorded)
-        travel = not shares_memory(active_client())
-        with open_run() as run:
-            _destinations[run] = destination
-            try:
-                tasks = name_tasks("read", place_block, ((self.work, task, run) for task in cut))
-                for result in run_tasks(tasks, at_once=at_once, results_travel=travel):
-                    if isinstance(result, Receipt):
-                        yield result
-                    else:
-                        places, block, receipt = result
-                        out[places] = block
-                        yield _with_record(receipt, destination, places)
-            finally:
-                close_run(run)
-                _destinations.pop(run, None)
 
 
 def _flush(
@@ -292,7 +275,13 @@ def prepare_gathering(
     """Check everything that `gather` needs before it begins: files, `apply`, destination, memory."""
     place = Path()
     if isinstance(out, str | Path):
-        out = Path(out)
+        location = locate(out)
+        if not isinstance(location, Path):
+            raise InputError(
+                f"an .npy is written in place, which object stores cannot do; got {location}; name it X.zarr and use "
+                f"store, or name a path"
+            )
+        out = location
         place = out.absolute()
         if out.suffix != ".npy":
             raise InputError(f"out is an array or the path of an .npy file; got {out}; name it .npy, or use store")
@@ -302,8 +291,8 @@ def prepare_gathering(
         check_apart(out, plan.matrix.inputs())
     elif resume:
         raise InputError("a run that resumes has a file to go on with; an array in memory has none; drop it")
-    check_files(plan.matrix, plan.sorted_starts, plan.length)
-    gathering = Gathering(plan, prepare_work(plan, apply), out, place, resume, overwrite)
+    stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+    gathering = Gathering(plan, prepare_work(plan, apply), stamp, out, place, resume, overwrite)
     shape, dtype = gathering.shape, gathering.work.result.dtype
     if isinstance(out, np.ndarray) and not (
         out.shape == shape and out.dtype == dtype and out.flags.c_contiguous and out.flags.writeable
@@ -312,9 +301,7 @@ def prepare_gathering(
             f"out is a writable C-contiguous array of shape {shape}, {dtype}; got shape {out.shape}, {out.dtype}, "
             f"strides {out.strides}, {'' if out.flags.writeable else 'not '}writable; allocate it with numpy.empty"
         )
-    if isinstance(out, Path):
-        stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
-        if not (resume and is_result(place, gathering.request(stamp))):
-            check_destination(place, nbytes=gathering.nbytes, resume=resume, overwrite=overwrite)
+    if isinstance(out, Path) and not (resume and is_result(place, gathering.request())):
+        check_destination(place, nbytes=gathering.nbytes, resume=resume, overwrite=overwrite)
     gathering.footprint()
     return gathering

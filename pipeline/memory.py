@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import weakref
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Self
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import mmap
+    from collections.abc import Callable, Iterator
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?) *(?P<unit>(?:[kmgtp]i?)?b?)", re.IGNORECASE)
 _EXPONENT = {letter: power for power, letter in enumerate("kmgtp", start=1)}
@@ -72,7 +74,7 @@ def budget(limit: int | None = None) -> Budget:
     """Memory that this process and its descendants may hold in all: the least of every limit on them.
 
     A limit shared with others (RAM, a cgroup) counts as what is free below it, the page cache being free, plus the
-    anonymous memory that this process and its descendants hold already. `RLIMIT_AS` bounds each process alone and
+    memory that this process and its descendants hold already. `RLIMIT_AS` bounds each process alone and
     counts address space: what this process has mapped beside its anonymous memory comes off it.
 
     Parameters
@@ -94,12 +96,63 @@ def budget(limit: int | None = None) -> Budget:
 
 
 def held_nbytes() -> int:
-    """Anonymous memory that this process and its descendants hold now; 0 on systems without `/proc`."""
+    """Memory that this process and its descendants hold now: anonymous, and shared with `count_shared`.
+
+    Without `/proc` the former is 0.
+    """
     return _held_nbytes(Path("/proc"))
 
 
 def _held_nbytes(proc: Path) -> int:
-    return sum(_status_bytes(proc, pid, "RssAnon") for pid in _process_tree(proc, os.getpid()))
+    held = sum(_status_bytes(proc, pid, "RssAnon") for pid in _process_tree(proc, os.getpid()))
+    return held + _shared_nbytes()
+
+
+_shared: dict[int, tuple[int, int]] = {}
+"""By the id of a map of memory that processes share: its descriptor, -1 once closed; bytes of the map."""
+_sharing = threading.RLock()
+
+
+def _forget_shared() -> None:
+    """Start anew in a child that was forked, perhaps while another thread held the lock."""
+    global _sharing  # noqa: PLW0603 (a lock cannot be cleared)
+    _sharing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_shared)
+
+
+def count_shared(mapped: mmap.mmap, fd: int) -> Callable[[], None]:
+    """Count memory that others write into, too, once, whoever maps it: the pages that are written, later all of it.
+
+    Parameters
+    ----------
+    mapped
+        It counts until nobody uses this any more.
+    fd
+        Descriptor of the memory. The function that is returned is called before it is closed.
+    """
+    key, nbytes = id(mapped), len(mapped)
+
+    def close() -> None:
+        with _sharing:
+            if key in _shared:
+                _shared[key] = (-1, nbytes)
+
+    def forget() -> None:
+        with _sharing:
+            _shared.pop(key, None)
+
+    with _sharing:
+        _shared[key] = (fd, nbytes)
+    weakref.finalize(mapped, forget).atexit = False
+    return close
+
+
+def _shared_nbytes() -> int:
+    with _sharing:
+        return sum(nbytes if fd < 0 else os.fstat(fd).st_blocks * 512 for fd, nbytes in _shared.values())
 
 
 def _least_budget(limit: int | None, proc: Path) -> Budget:
@@ -208,9 +261,9 @@ def _lines(path: Path) -> list[str]:
 class PeakMemory:
     """Context manager that samples the memory of this process and its descendants, every 50 ms.
 
-    It counts anonymous and shared memory, not mapped files; a shared page counts once for each process that maps it.
-    Between two samples a shorter peak is missed. Without `/proc` it gives the largest resident size of this process
-    so far.
+    It counts anonymous memory, and shared memory once: that of `count_shared`, or of the process that maps most of it,
+    whichever is more. Mapped files are left out. Between two samples a shorter peak is missed. Without `/proc` it
+    gives the largest resident size of this process so far.
 
     Examples
     --------
@@ -247,8 +300,9 @@ class PeakMemory:
     def _sample(self) -> None:
         proc = Path("/proc")
         pids = _process_tree(proc, os.getpid())
-        held = sum(_status_bytes(proc, pid, "RssAnon", "RssShmem") for pid in pids)
-        self.nbytes = max(self.nbytes, held or _largest_resident())
+        held = sum(_status_bytes(proc, pid, "RssAnon") for pid in pids)
+        shared = max(_shared_nbytes(), *(_status_bytes(proc, pid, "RssShmem") for pid in pids))
+        self.nbytes = max(self.nbytes, held + shared if held else _largest_resident())
 
 
 def _largest_resident() -> int:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
+import time
 import uuid
 from collections import Counter
 from contextlib import contextmanager, suppress
 from itertools import islice
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from dask.base import compute
 from dask.callbacks import Callback
 
 from pipeline.capacity import active_client, count_threads, shares_memory
-from pipeline.errors import BudgetError, IncompleteError, PipelineError
-from pipeline.sizes import count_of, format_size
+from pipeline.errors import IncompleteError
+from pipeline.failures import Retries
+from pipeline.flights import Flight, name_span
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from dask.delayed import Delayed
 
@@ -29,17 +29,13 @@ _CLOSE_SECONDS = 4
 """How long workers of a run that failed may take to finish what they write."""
 _HURRY_SECONDS = 1
 """The same where the user interrupts."""
-_MOST_LOST = 16
-"""Tasks, or four a thread, that may be lost in a row before the others are held back."""
-_MOST_KILLERS = 4
-"""The same where each task had its worker for itself."""
 _MOST_SUBMITTED = 2000
 """Tasks that the scheduler is told of at once: enough that none waits, and that its memory stays small."""
+_MOST_HELD = 2000
+"""Finished tasks that the scheduler is told to remember: its page of progress counts them, and each takes 13 KB."""
 _TOGETHER = 16
 """Tasks, or four a thread, that a scheduler of Dask's own computes in one go: it gives their results when all are done,
 so that a kill loses as many from the journal."""
-_SUBMITTED_TOGETHER = 8
-"""Tasks of one graph."""
 
 
 _writers: Counter[str] = Counter()
@@ -56,6 +52,10 @@ def _forget_runs() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_runs)
+
+
+def _ignore(_: str) -> None:
+    pass
 
 
 @contextmanager
@@ -106,15 +106,34 @@ def writing(run: str) -> Iterator[None]:
             _registry.notify_all()
 
 
-def run_tasks(tasks: list[Delayed], *, at_once: int, results_travel: bool = False) -> Iterator[Any]:
+def run_tasks(
+    tasks: Iterable[Delayed],
+    *,
+    at_once: int,
+    results_travel: bool = False,
+    waiting: int = 0,
+    direct: bool = False,
+    span: Sequence[str] = (),
+    retried: Callable[[str], None] = _ignore,
+) -> Iterator[Any]:
     """Compute tasks on the active client, or on Dask's own scheduler, and yield each result as it is there.
 
     Parameters
     ----------
+    tasks
+        Each is asked for when its turn comes, and forgotten when its result was taken.
     at_once
         Tasks that memory allows to be under way at once; their results, not yet taken, among them.
     results_travel
         Whether a result is a block, whose memory counts; otherwise it is a receipt.
+    waiting
+        Results that travel and may wait, beside those of two tasks a thread.
+    direct
+        Whether results come straight from workers; otherwise by way of the scheduler.
+    span
+        Names the run on the dashboard, from the general to the particular.
+    retried
+        Told in words each time that a task is run again, after a failure that may pass.
 
     Raises
     ------
@@ -128,179 +147,41 @@ def run_tasks(tasks: list[Delayed], *, at_once: int, results_travel: bool = Fals
     """
     client = active_client()
     threads = count_threads(client)
-    # Memory is bounded by the tasks that run where results are receipts: let Dask know of all, and show them.
-    window = at_once if results_travel or at_once < threads else _MOST_SUBMITTED
+
+    def window(threads: int) -> int:
+        """Tasks to be submitted at once."""
+        most = max(_MOST_SUBMITTED, 4 * threads)
+        if results_travel:
+            return min(at_once, 2 * threads + waiting, most)
+        # Memory is bounded by the tasks that run where results are receipts: let Dask know of all, and show them.
+        return at_once if at_once < threads else most
+
     if client is not None:
-        yield from _run_on(client, tasks, window=window, threads=threads, release=results_travel)
+        flight = Flight(client, name_span(span), Retries(retried), threads=threads, direct=direct)
+        yield from flight.run(iter(tasks), window=window, held=0 if results_travel else _MOST_HELD)
         return
-    waiting = iter(tasks)
+    left = iter(tasks)
     limited = {"num_workers": at_once} if at_once < threads else {}
-    while batch := list(islice(waiting, min(window, max(_TOGETHER, 4 * threads)))):
+    retries = Retries(retried)
+    while batch := list(islice(left, min(window(threads), max(_TOGETHER, 4 * threads)))):
+        yield from _compute(batch, retries, limited)
+
+
+def _compute(batch: list[Delayed], retries: Retries, limited: dict[str, int]) -> Iterator[Any]:
+    """Compute tasks on Dask's own scheduler, which gives up all others when one fails."""
+    while batch:
         done: dict[Any, Any] = {}
         try:
             with Callback(posttask=lambda key, result, *_, done=done: done.update({key: result})):
                 results = compute(*batch, optimize_graph=False, **limited)
-        except BaseException:
+        except BaseException as failure:
             yield from [done[task.key] for task in batch if task.key in done]
-            raise
-        yield from results
-
-
-def _run_on(
-    client: Any, tasks: list[Delayed], *, window: int, threads: int, release: bool
-) -> Generator[Any, None, None]:
-    """Run tasks on a client; those that were lost with their workers again, alone, so that one that kills is known."""
-    patience = max(_MOST_LOST, 4 * threads)
-    left, killed = yield from _take_results(client, tasks, window=window, patience=patience, release=release)
-    if left:
-        # A task takes along those beside it, which are not to blame; nor is one that has room when it is alone.
-        left, killed = yield from _take_results(client, left, window=1, patience=_MOST_KILLERS, release=release)
-    if left:
-        undone = f"not done: {len(left):,} of {count_of(len(tasks), 'task')}"
-        raise _killed_error(client, killed, undone) from killed[-1]
-
-
-def _take_results(
-    client: Any, tasks: list[Delayed], *, window: int, patience: int, release: bool
-) -> Generator[Any, None, tuple[list[Delayed], list[Any]]]:
-    """Keep `window` tasks submitted to a client, and yield their results.
-
-    Parameters
-    ----------
-    patience
-        Tasks in a row that may be lost with their workers before the rest is left undone.
-    release
-        Whether to let go of each result once it was taken.
-
-    Returns
-    -------
-    tuple
-        Tasks that are not done, and a `KilledWorker` for each that was lost.
-    """
-    from distributed.scheduler import KilledWorker
-
-    ended: SimpleQueue[_Ended] = SimpleQueue()
-    held: set[Any] = set()
-    left = {task.key: task for task in tasks}
-    waiting = iter(tasks)
-    killed: list[Any] = []
-    in_a_row = 0
-    try:
-        held.update(_submit(client, waiting, window, ended))
-        under_way = len(held)
-        while under_way and in_a_row < patience:
-            future, result, failure = ended.get()
-            if failure is None:
-                yield result
-                del left[future.key]
-                in_a_row = 0
-                if release:
-                    held.discard(future)
-                    future.release()
-            elif isinstance(failure, KilledWorker):
-                killed.append(failure)
-                in_a_row += 1
-            else:
-                yield from [result for _, result, failed in _arrived(ended) if failed is None]
-                raise _task_error(client, future.key, failure)
-            following = set(_submit(client, waiting, 1, ended))
-            held |= following
-            under_way += len(following) - 1
-    finally:
-        # Finished ones, too: a task whose worker is lost from now on must not run again. Not by `Client.cancel`, whose
-        # echo of the scheduler would cancel a task that was submitted once more.
-        with suppress(Exception):
-            for future in held:
-                future.release()
-            if client.status == "running":
-                client.sync(asyncio.sleep, 0, callback_timeout=_CLOSE_SECONDS)
-    return list(left.values()), killed
-
-
-def _task_error(client: Any, key: Any, failure: BaseException) -> BaseException:
-    """Return what a task raised, or, where Dask gave it up, our word for that."""
-    from distributed.client import FutureCancelledError
-    from distributed.scheduler import NoValidWorkerError, NoWorkerError
-
-    error: PipelineError
-    match failure:
-        case NoWorkerError() | NoValidWorkerError():
-            error = IncompleteError(
-                f"a task finds a worker; {_name(key)} waited {failure.timeout:g} s for one; start workers, and look at "
-                f"the logs of those that ended"
-            )
-        case PipelineError():
-            return failure
-        case MemoryError():
-            error = BudgetError(
-                f"a task fits its worker's memory; {_name(key)} found none: {failure or 'it ran out'}; give workers "
-                f"more, or have it hold less"
-            )
-        case _ if isinstance(failure, FutureCancelledError) or client.status != "running":
-            reason = getattr(failure, "reason", None) or type(failure).__name__
-            error = IncompleteError(
-                f"the scheduler stays until every task is done; {_name(key)} was cancelled: {reason}; look at the "
-                f"scheduler's log, and start it anew"
-            )
-        case _:
-            return failure
-    error.__cause__ = failure
-    return error
-
-
-def _killed_error(client: Any, killed: list[Any], undone: str) -> PipelineError:
-    """Name tasks, each of which was alone on the last workers that it lost, and tell whether they lacked memory."""
-    names = ", ".join(_name(error.task) for error in killed)
-    times = killed[-1].allowed_failures + 1
-    stopped: Any = ()
-    with suppress(Exception):
-        stopped = client.sync(client.scheduler.events, topic="worker-restart-memory", callback_timeout=_CLOSE_SECONDS)
-    held = {event["worker"]: event["rss"] for _, event in stopped}
-    for worker in (error.last_worker for error in killed):
-        if worker.address in held:
-            return BudgetError(
-                f"a task fits its worker's memory; {names} held {format_size(held[worker.address])} and more, its "
-                f"memory_limit is {format_size(worker.memory_limit)}, {undone}; raise memory_limit in "
-                f"cluster.yaml, or have it hold less"
-            )
-    return IncompleteError(
-        f"every task is done; {undone}, and {names} ended {times} workers each, where no other task ran; look at what "
-        f"it calls, and at the workers' and the kernel's logs"
-    )
-
-
-def _name(key: Any) -> str:
-    """Stage and number of a task."""
-    stage, number = key if isinstance(key, tuple) else (key, "")
-    return f"{stage.rpartition('-')[0]} {number}" if number != "" else str(stage)
-
-
-type _Ended = tuple[Any, Any, BaseException | None]
-"""A future, and its result or what it raised."""
-
-
-def _arrived(ended: SimpleQueue[_Ended]) -> Iterator[_Ended]:
-    """Yield what is there already."""
-    with suppress(Empty):
-        while True:
-            yield ended.get_nowait()
-
-
-def _submit(client: Any, waiting: Iterator[Delayed], count: int, ended: SimpleQueue[_Ended]) -> Iterator[Any]:
-    """Submit `count` tasks and yield their futures; each comes to `ended` when it is done.
-
-    Not by `distributed.as_completed`, which in a thread may miss a task that ends as it looks, for 0.1 s.
-    """
-
-    async def deliver(future: Any) -> None:
-        try:
-            ended.put((future, await future, None))
-        except BaseException as error:  # noqa: BLE001 (it is raised where the results are taken)
-            ended.put((future, None, error))
-
-    # In parts: Dask warns of a graph that holds many megabytes.
-    while part := list(islice(waiting, min(count, _SUBMITTED_TOGETHER))):
-        count -= len(part)
-        for future in client.compute(part, optimize_graph=False):
-            client.loop.add_callback(deliver, future)
-            yield future
+            batch = [task for task in batch if task.key not in done]
+            # Which of them it was is not told: the first that is left stands for it.
+            if not batch or not retries.postpone(batch[0], failure):
+                raise
+            time.sleep(retries.pause() or 0)
+            retries.waiting.clear()
+        else:
+            yield from results
+            return

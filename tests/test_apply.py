@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 
 import dask
 import numpy as np
 import pytest
+from distributed.protocol import pickle as dask_pickle
 
 import pipeline
+from pipeline import request
+from pipeline.tasks import prepare_work
 from tests.layouts import distinct, stack
 
 LENGTH = 16
@@ -338,6 +342,29 @@ def test_a_function_that_cannot_be_sent(cli, here):
     assert "lock" in said.numbers["error"]
     assert "processes: false" in said.numbers["error"]
     assert sorted(here.iterdir()) == before
+
+
+def test_code_of_the_working_directory_is_sent_itself(here, monkeypatch):
+    """A worker elsewhere has no module of that name; Dask's own pickling would name it."""
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (here / "sent_code.py").write_text(
+        "COUNT = [1]\n\ndef work(block):\n    COUNT[0] += 1\n    return block.sum(axis=(1, 2)) * COUNT[0]\n"
+    )
+    plan = pipeline.plan_windows(pipeline.open_matrix("A.zarr"), [3, 4], length=16)
+    work = prepare_work(plan, request._load_function("sent_code:work"))
+    (here / "sent").write_bytes(dask_pickle.dumps(work))
+    code = (
+        "import pickle, sys; import numpy as np\n"
+        f"work = pickle.loads(open({str(here / 'sent')!r}, 'rb').read())\n"
+        "assert 'sent_code' not in sys.modules\n"
+        "assert work.apply.code == pickle.loads(pickle.dumps(work)).apply.code\n"
+        "print(work.apply(np.ones((2, 5, 7))).tolist(), work.length, work.result.shape)\n"
+        "print(work.apply(np.ones((2, 5, 7))).tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    # What it remembers of one task it knows in the next.
+    assert done.stdout == "[105.0, 105.0] 16 ()\n[140.0, 140.0]\n", done.stderr
 
 
 def environment():

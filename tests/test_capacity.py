@@ -31,6 +31,15 @@ def ten_gib(monkeypatch):
 def test_memory_bounds_the_tasks_that_are_under_way(threads, limit, enough, at_once, peak):
     footprint = capacity.fit_memory(200 * MIB, limit, threads=threads, what="a task", enough=enough)
     assert (footprint.at_once, footprint.peak_nbytes) == (at_once, peak * MIB)
+    assert footprint.fits >= footprint.at_once
+    assert (footprint.fits == footprint.at_once) == (at_once < 2 * threads)
+
+
+@pytest.mark.usefixtures("ten_gib")
+def test_what_a_process_holds_already_does_not_slow_its_runs(monkeypatch):
+    monkeypatch.setattr(capacity, "held_nbytes", lambda: 3072 * MIB)
+    footprint = capacity.fit_memory(200 * MIB, None, threads=64, what="a task", enough=1024 * MIB)
+    assert (footprint.at_once, footprint.peak_nbytes) == (4, (3072 + 864) * MIB)
 
 
 @pytest.mark.usefixtures("ten_gib")

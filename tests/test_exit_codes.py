@@ -188,7 +188,7 @@ def test_5_where_the_disk_fills_under_way(cli, here, monkeypatch, verb):
     assert not (here / "w.zarr").exists()
 
 
-@pytest.mark.parametrize(("verb", "module"), [("run", "writeback"), ("run", "collect"), ("create", "create")])
+@pytest.mark.parametrize(("verb", "module"), [("run", "writeback"), ("run", "placing"), ("create", "create")])
 def test_6(cli, here, monkeypatch, verb, module):
     def lost(*_, **__):
         raise pipeline.IncompleteError("every task is done; one is not; look at the workers' logs")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +21,9 @@ import pytest
 from distributed.chaos import KillWorker
 
 import pipeline
-from pipeline import cluster, progress, runs
+from pipeline import failures, flights, preads, progress, runs
 from pipeline.cluster import connect
+from pipeline.collect import prepare_gathering
 from pipeline.report import Watch
 from pipeline.tasks import Receipt, name_tasks
 from pipeline.writeback import prepare_storing
@@ -151,9 +155,9 @@ class TestWorkers:
         with pytest.raises(pipeline.IncompleteError, match="not done: 200 of 200 tasks"):
             list(runs.run_tasks(tasks, at_once=4))
 
-    def test_none_is_not_waited_for_without_end(self, monkeypatch):
-        monkeypatch.setattr(cluster, "_NO_WORKERS_MINUTES", 0.01)
-        with connect(dashboard_address=None) as client:
+    def test_none_is_not_waited_for_without_end(self):
+        patience = {"distributed.scheduler.no-workers-timeout": "600 ms"}
+        with dask.config.set(patience), connect(dashboard_address=None) as client:
             client.cluster.scale(0)
             while client.scheduler_info(n_workers=-1)["workers"]:
                 os.sched_yield()
@@ -196,6 +200,11 @@ class Arrivals(queue.Queue):
         (self.failed if item[2] is not None else self.last).set()
 
 
+def raised_from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 SHARED = {}
 """What tasks of this process find without its being pickled."""
 
@@ -217,6 +226,45 @@ def fail_in_the_middle(number):
     return number
 
 
+class TestWindow:
+    """How many tasks are submitted at once, as workers come and go."""
+
+    @pytest.mark.parametrize(
+        ("at_once", "travel", "windows"),
+        [
+            (10**9, False, {1: 2000, 1000: 4000}),
+            (5, False, {1: 2000, 5: 2000, 6: 5, 1000: 5}),
+            (10**9, True, {1: 9, 4: 15, 5000: 10007}),
+            (5, True, {1: 5, 1000: 5}),
+        ],
+    )
+    def test_memory_bounds_it_and_results_that_wait(self, at_once, travel, windows, monkeypatch):
+        given = {}
+        monkeypatch.setattr(flights.Flight, "run", lambda _, tasks, **named: given.update(named) or iter(()))
+        with connect(dashboard_address=None):
+            list(runs.run_tasks(iter(()), at_once=at_once, results_travel=travel, waiting=7))
+        assert {threads: given["window"](threads) for threads in windows} == windows
+
+    def test_it_follows_the_threads_that_there_are(self, monkeypatch):
+        monkeypatch.setattr(flights, "_COUNT_SECONDS", 0)
+        seen = []
+
+        def window(threads):
+            seen.append(threads)
+            return 4
+
+        with connect(dashboard_address=None, threads_per_worker=1) as client:
+            flight = flights.Flight(client, {}, failures.Retries(seen.append), threads=1, direct=False)
+            for number in flight.run(
+                name_tasks("read", wait_for_seconds, ((0.05,) for _ in range(60))), window=window, held=0
+            ):
+                assert number == 0.05
+                if len(seen) == 3:
+                    client.cluster.scale(2)
+        assert seen[0] == 1
+        assert seen[-1] == 2
+
+
 class TestTasksThatRaise:
     @pytest.mark.parametrize(
         ("error", "kind", "message"),
@@ -228,7 +276,7 @@ class TestTasksThatRaise:
     )
     def test_results_that_are_there_come_first(self, monkeypatch, error, kind, message):
         arrivals = SHARED["arrivals"] = Arrivals()
-        monkeypatch.setattr(runs, "SimpleQueue", lambda: arrivals)
+        monkeypatch.setattr(flights, "SimpleQueue", lambda: arrivals)
         tasks = name_tasks("read", fail_second, ((error, number) for number in range(3)))
         with connect(dashboard_address=None, threads_per_worker=3):
             results = runs.run_tasks(tasks, at_once=3)
@@ -280,6 +328,271 @@ def test_scheduler_that_goes():
         finally:
             process.kill()
     assert client.status == "closed"
+
+
+class TestWhatMayPass:
+    """Failures of a network are tried again; those of data and arguments are not."""
+
+    @pytest.fixture(autouse=True)
+    def pauses(self, monkeypatch):
+        monkeypatch.setattr(failures, "_PAUSES", (0.01, 0.02, 0.04))
+
+    @pytest.fixture(params=["threads", "synchronous", "in-process", "processes"])
+    def anywhere(self, request):
+        if request.param == "processes":
+            client = request.getfixturevalue("two_processes")
+            yield client.run
+        elif request.param == "in-process":
+            with connect(dashboard_address=None):
+                yield lambda function, *given: function(*given)
+        else:
+            with dask.config.set(scheduler=request.param):
+                yield lambda function, *given: function(*given)
+
+    @pytest.mark.parametrize("sink", ["gather", "store"])
+    def test_a_server_that_is_away_for_a_while(self, anywhere, sink, plan, values, tmp_path):
+        expected = np.stack([values[start : start + LENGTH] for start in STARTS])
+        watch = Watch()
+        planned = prepare(sink, plan, tmp_path / "w.zarr")
+        anywhere(fail_reads, tmp_path, 3, errno.ESTALE)
+        try:
+            result = planned.run(watch)
+        finally:
+            anywhere(mend_reads)
+        np.testing.assert_array_equal(result if sink == "gather" else result["windows"][:], expected)
+        assert 1 <= watch.retries <= 3
+        assert not list(tmp_path.glob("token*"))
+        assert watch.done_tasks == 7
+
+    def test_one_that_stays_away(self, anywhere, plan, tmp_path):
+        watch = Watch()
+        planned = prepare("gather", plan, None)
+        anywhere(fail_reads, tmp_path, 1000, errno.ETIMEDOUT)
+        try:
+            with pytest.raises(pipeline.IntegrityError, match="check the disk") as caught:
+                planned.run(watch)
+        finally:
+            anywhere(mend_reads)
+        assert any("task " in note for note in caught.value.__notes__)
+        assert 3 <= watch.retries <= 3 * 7
+        assert 1000 - len(list(tmp_path.glob("token*"))) <= 4 * 7
+
+    def test_a_disk_that_gives_nothing_is_not_asked_again(self, anywhere, plan, tmp_path):
+        watch = Watch()
+        planned = prepare("gather", plan, None)
+        anywhere(fail_reads, tmp_path, 1000, errno.EACCES)
+        try:
+            with pytest.raises(pipeline.IntegrityError):
+                planned.run(watch)
+        finally:
+            anywhere(mend_reads)
+        assert watch.retries == 0
+
+    def test_others_go_on_meanwhile(self, plan, tmp_path, monkeypatch):
+        monkeypatch.setattr(failures, "_PAUSES", (1.0,))
+        seen, failed = [], []
+
+        class Seen(Watch):
+            def task_done(self, receipt):
+                super().task_done(receipt)
+                seen.append(receipt.number)
+
+            def task_retried(self, words):
+                super().task_retried(words)
+                failed.append(int(words.split()[1]))
+
+        with connect(dashboard_address=None, threads_per_worker=1):
+            planned = prepare("gather", plan, None)
+            fail_reads(tmp_path, 1, errno.ECONNRESET)
+            try:
+                planned.run(Seen())
+            finally:
+                mend_reads()
+        assert sorted(seen) == list(range(7))
+        assert failed == seen[-1:]
+
+    @pytest.mark.parametrize(
+        ("failure", "passes"),
+        [
+            (OSError(errno.EIO, "x"), False),
+            (OSError(errno.EHOSTUNREACH, "x"), True),
+            (ConnectionResetError("x"), True),
+            (TimeoutError("x"), True),
+            (raised_from(pipeline.OpenError("x"), OSError(errno.ESTALE, "x")), True),
+            (raised_from(pipeline.IntegrityError("x"), OSError(errno.ESTALE, "x")), True),
+            (raised_from(pipeline.IntegrityError("x"), OSError(errno.EIO, "x")), False),
+            (pipeline.OpenError("x"), False),
+            (pipeline.IntegrityError("x"), False),
+            (OSError(errno.ENOENT, "x"), False),
+            (ValueError("x"), False),
+            (raised_from(pipeline.BudgetError("x"), TimeoutError("x")), False),
+            (raised_from(pipeline.DiskSpaceError("x"), TimeoutError("x")), False),
+            (raised_from(pipeline.InputError("x"), TimeoutError("x")), False),
+        ],
+    )
+    def test_what_does(self, failure, passes):
+        assert failures.may_pass(failure) == passes
+
+    def test_pauses_grow_and_are_few(self, monkeypatch):
+        monkeypatch.undo()
+        said = []
+        retries = failures.Retries(said.append)
+        [task] = name_tasks("read", divmod, [(1, 1)])
+        pauses = []
+        while retries.postpone(task, TimeoutError("no answer")):
+            pauses.append(retries.pause())
+            retries.waiting.clear()
+        assert len(pauses) == len(said) == 3
+        assert np.allclose(pauses, [1, 4, 15], rtol=0.26)
+        assert said[0].endswith("s, try 2 of 4: no answer")
+        assert said[0].startswith("read 0 is run again in ")
+
+    def test_the_command_line_says_so(self, cli, samples, tmp_path):
+        fail_reads(tmp_path, 1, errno.ESTALE)
+        try:
+            outcome = cli("run", samples / "A.zarr", "--count", 20, "--json")
+        finally:
+            mend_reads()
+        assert outcome.code == 0
+        assert outcome.numbers["retries"] == 1
+        assert (
+            len(
+                re.findall(r"^read 0 is run again in 0.0 s, try 2 of 4: .*Stale file handle", outcome.err, re.MULTILINE)
+            )
+            == 1
+        )
+
+
+def prepare(sink, plan, path):
+    if sink == "store":
+        return prepare_storing(plan, path, apply=None, order="request", resume=False, overwrite=False)
+    return prepare_gathering(plan, apply=None, out=None, resume=False, overwrite=False)
+
+
+def fail_reads(folder, times, number):
+    """Let reads fail so many times in all, in whatever process."""
+    for token in range(times):
+        (folder / f"token{token}").touch()
+    preads.preadv = os.preadv
+
+    def preadv(*given):
+        for token in folder.glob("token*"):
+            with contextlib.suppress(FileNotFoundError):
+                token.unlink()
+                raise OSError(number, os.strerror(number))
+        return preads.preadv(*given)
+
+    os.preadv = preadv
+
+
+def mend_reads():
+    os.preadv = preads.preadv
+
+
+SERVE = """
+import asyncio, sys
+from distributed import Scheduler, Worker
+
+async def main():
+    local = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    server = Worker(sys.argv[1], nthreads=1, **local) if sys.argv[1:] else Scheduler(port=0, **local)
+    async with server:
+        print(server.address, flush=True)
+        await server.finished()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def served():
+    """A scheduler and a worker, a process each; yields the scheduler's address and process."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments):
+            command = [sys.executable, "-c", SERVE, *arguments]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            process = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+            stack.callback(process.kill)
+            return process, process.stdout.readline().strip()
+
+        scheduler, address = start()
+        start(address)
+        yield address, scheduler
+
+
+class TestScheduler:
+    @pytest.mark.timeout(90)
+    @pytest.mark.parametrize(
+        ("number", "message"), [(signal.SIGKILL, "the scheduler stays"), (signal.SIGSTOP, "has not for")]
+    )
+    def test_one_that_goes_or_hangs_ends_the_run_which_another_finishes(
+        self, served, number, message, plan, sums, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(failures, "_ASK_SECONDS", 0.5)
+        monkeypatch.setattr(failures, "_ANSWER_SECONDS", 1)
+        monkeypatch.setattr(failures, "_SILENT_SECONDS", 2.5)
+        address, scheduler = served
+        path = tmp_path / "w.zarr"
+
+        class Sender(Watch):
+            def task_done(self, receipt):
+                super().task_done(receipt)
+                if self.done_tasks == 2:
+                    scheduler.send_signal(number)
+
+        given = {"apply": slow_sums, "order": "request", "overwrite": False}
+        begin = time.monotonic()
+        with (
+            pytest.raises(pipeline.IncompleteError, match=message) as caught,
+            connect(scheduler_address=address),
+        ):
+            prepare_storing(plan, path, resume=False, **given).run(Sender())
+        assert time.monotonic() - begin < 60
+        assert caught.value.exit_code == 6
+        kept = int(re.search(r"(\d) tasks finished and kept; go on with --resume", caught.value.__notes__[0])[1])
+        assert 2 <= kept < 7
+        assert not path.exists()
+        watch = Watch()
+        with dask.config.set(scheduler="threads"):
+            result = prepare_storing(plan, path, resume=True, **given).run(watch)
+        np.testing.assert_array_equal(result["windows"][:], sums)
+        assert watch.kept_tasks == kept
+
+    def test_one_that_is_busy_is_waited_for(self, monkeypatch):
+        monkeypatch.setattr(failures, "_ASK_SECONDS", 0.1)
+        monkeypatch.setattr(failures, "_SILENT_SECONDS", 0.4)
+        with connect(dashboard_address=None):
+            [seconds] = runs.run_tasks(name_tasks("read", wait_for_seconds, [(1.5,)]), at_once=1)
+        assert seconds == 1.5
+
+
+def wait_for_seconds(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+@pytest.mark.parametrize("sink", ["gather", "store"])
+def test_workers_that_leave_during_a_run_take_nothing_along(two_processes, sink, plan, sums, tmp_path):
+    """As where a cluster adapts to its work."""
+    leaving = min(two_processes.scheduler_info(n_workers=-1)["workers"])
+
+    class Leaver(Watch):
+        def task_done(self, receipt):
+            super().task_done(receipt)
+            if self.done_tasks == 2:
+                two_processes.retire_workers([leaving])
+
+    if sink == "gather":
+        planned = prepare_gathering(plan, apply=slow_sums, out=None, resume=False, overwrite=False)
+    else:
+        path = tmp_path / "w.zarr"
+        planned = prepare_storing(plan, path, apply=slow_sums, order="request", resume=False, overwrite=False)
+    watch = Leaver()
+    result = planned.run(watch)
+    np.testing.assert_array_equal(result if sink == "gather" else result["windows"][:], sums)
+    assert watch.done_tasks == 7
+    two_processes.wait_for_workers(2, timeout=60)
 
 
 class TestStall:

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import threading
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -566,6 +567,9 @@ def test_tasks_of_a_failed_run_are_cancelled(matrices, cut_small):
 
     def apply(block):
         calls.append(len(block))
+        if len(calls) > 2:
+            # The word of the first failure needs time to come around.
+            time.sleep(0.2)
         if len(calls) > 1:
             raise ValueError("no")
         return block
