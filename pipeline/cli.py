@@ -23,6 +23,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError
+from pipeline.options import (
+    common,
+    connecting,
+    in_place,
+    memory_option,
+    option,
+    overwrite_option,
+    report_option,
+    request,
+    resume_option,
+    tellers,
+)
 from pipeline.signals import Guard, Terminated
 from pipeline.sizes import count_of
 from pipeline.wording import (
@@ -38,7 +50,7 @@ from pipeline.wording import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from pipeline.collect import Gathering
     from pipeline.matrix import Matrix
@@ -51,19 +63,6 @@ _EPILOG = (
     "The environment variable PIPELINE_NAME sets an option, such as PIPELINE_MEMORY=8GB; "
     "not so --out, --overwrite, --order, --dry-run and those that shape the report."
 )
-
-
-class _Option(click.Option):
-    """An option that the environment variable PIPELINE_NAME sets, too; not so where it lets files be replaced."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.name not in (None, "overwrite", "out", "order"):
-            self.envvar = f"PIPELINE_{self.name}".upper()
-
-
-def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-    return click.option(*names, cls=_Option, **settings)
 
 
 def main() -> None:
@@ -180,83 +179,25 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def _common(function: Callable[..., None]) -> Callable[..., None]:
-    options = [
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of words."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress, no link."),
-        click.option("-v", "--verbose", is_flag=True, help="Dask's own log lines, too."),
-        click.option("--debug", is_flag=True, help="Tracebacks of failures."),
-    ]
-    return functools.reduce(lambda made, option: option(made), reversed(options), function)
-
-
-_cluster_option = _option(
-    "--cluster", metavar="FILE", help="Cluster file. Default: ./cluster.yaml if it is there, else this machine's cores."
-)
-_memory_option = _option("--memory", metavar="SIZE", help="Most that the run may hold, such as 8GB.")
-_resume_option = _option(
-    "--resume", is_flag=True, help="Go on where an interrupted run of the same request ended; a fresh run without one."
-)
-_overwrite_option = _option("--overwrite", is_flag=True, help="Replace an output that this program wrote.")
-
-
-def _in_place(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a matrix that is a file read in place."""
-    options = [
-        _option("--dtype", help="Of raw binary, such as float32."),
-        _option("--row-shape", metavar="N[,N...]", help="Shape of a row of raw binary."),
-        _option("--dataset", help="Name of the data set in an HDF5 file."),
-    ]
-    return functools.reduce(lambda made, option: option(made), reversed(options), function)
-
-
-def _request(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that `run` and `plan` share."""
-    options: list[Callable[[Any], Any]] = [
-        click.argument("matrix", metavar="MATRIX"),
-        _in_place,
-        _option("--count", type=int, default=10_000, show_default=True, help="Windows to draw."),
-        _option("--length", type=int, default=16, show_default=True, help="Rows of a window."),
-        _option("--seed", type=int, default=0, show_default=True, help="Of the starts."),
-        _option("--within", type=click.Choice(["parts"]), help="No window crosses the border of two source files."),
-        _option("--starts", metavar="FILE", help="Starts from a .npy, a text file, or - for standard input."),
-        _option("--out", metavar="PATH", help="X.zarr (workers write) or X.npy. Default: an array that is not kept."),
-        _option("--apply", "apply_name", metavar="MODULE:FUNCTION", help="Run on each block; only its result travels."),
-        _option("--order", type=click.Choice(["request", "chunk"]), help="Order of X.zarr.  [default: request]"),
-        _option("--check-reads", is_flag=True, help="Read whole chunks, and check them against their checksums."),
-        _option(
-            "--missing-chunks",
-            type=click.Choice(["error", "fill"]),
-            default="error",
-            show_default=True,
-            help="What absent chunks of a Zarr array are: an error, or its fill value.",
-        ),
-        _memory_option,
-        _resume_option,
-        _overwrite_option,
-        _common,
-    ]
-    return functools.reduce(lambda made, option: option(made), reversed(options), function)
-
-
 @cli.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.argument("dest", metavar="DEST")
-@_option("--dtype", help="Of raw binary, such as float32 or >i2; also of random:.")
-@_option("--row-shape", metavar="N[,N...]", help="Shape of a row of raw binary.")
-@_option("--dataset", help="Name of the HDF5 data set in each file.")
-@_option("--axis", type=int, default=0, show_default=True, help="Which axis of the source holds the rows.")
-@_option("--seed", type=int, default=0, show_default=True, help="Of random:.")
-@_option("--length", type=int, default=16, show_default=True, help="Rows of a window: what compressed chunks fit.")
-@_option("--shard-rows", type=int, help="Rows of a shard; 0 writes plain chunks. Default: about 64 MiB.")
-@_option("--chunk-rows", type=int, help="Rows of an inner chunk. Default: about 64 KiB.")
-@_option("--compress", type=click.Choice(["zstd", "blosc"]), help="Default: not compressed.")
-@_memory_option
+@option("--dtype", help="Of raw binary, such as float32 or >i2; also of random:.")
+@option("--row-shape", metavar="N[,N...]", help="Shape of a row of raw binary.")
+@option("--dataset", help="Name of the HDF5 data set in each file.")
+@option("--axis", type=int, default=0, show_default=True, help="Which axis of the source holds the rows.")
+@option("--seed", type=int, default=0, show_default=True, help="Of random:.")
+@option("--length", type=int, default=16, show_default=True, help="Rows of a window: what compressed chunks fit.")
+@option("--shard-rows", type=int, help="Rows of a shard; 0 writes plain chunks. Default: about 64 MiB.")
+@option("--chunk-rows", type=int, help="Rows of an inner chunk. Default: about 64 KiB.")
+@option("--compress", type=click.Choice(["zstd", "blosc"]), help="Default: not compressed.")
+@memory_option
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and write nothing.")
-@_resume_option
-@_overwrite_option
-@_cluster_option
-@_common
+@resume_option
+@overwrite_option
+@report_option
+@connecting
+@common
 def create(
     sources: tuple[str, ...],
     dest: str,
@@ -265,7 +206,8 @@ def create(
     dry_run: bool,
     resume: bool,
     overwrite: bool,
-    cluster: str | None,
+    report: str | None,
+    where: dict[str, Any],
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -295,7 +237,11 @@ def create(
         _report(*report_dry_run(creation), as_json=as_json)
         return
     ready = time.perf_counter()
-    with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
+    apart = [dest, *(each.split("::")[0] for each in sources)]
+    with (
+        PeakMemory() as peak,
+        _connected(where, quiet=quiet, verbose=verbose, report=report, apart=apart) as link,
+    ):
         started = time.perf_counter()
         with _shown("rows", quiet=quiet) as watch:
             matrix = creation.run(watch)
@@ -306,9 +252,9 @@ def create(
 
 @cli.command()
 @click.argument("matrix", metavar="MATRIX")
-@_in_place
-@_option("--length", type=int, default=16, show_default=True, help="Rows of a window.")
-@_common
+@in_place
+@option("--length", type=int, default=16, show_default=True, help="Rows of a window.")
+@common
 def info(
     matrix: str, dtype: str | None, row_shape: str | None, dataset: str | None, length: int, *, as_json: bool, **_: bool
 ) -> None:
@@ -325,7 +271,7 @@ def info(
 
 
 @cli.command()
-@_request
+@request
 def plan(*, as_json: bool, **arguments: Any) -> None:
     """Say what `run` would do and cost.
 
@@ -337,9 +283,12 @@ def plan(*, as_json: bool, **arguments: Any) -> None:
 
 
 @cli.command()
-@_request
-@_cluster_option
-def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+@request
+@report_option
+@connecting
+def run(
+    *, where: dict[str, Any], report: str | None, as_json: bool, quiet: bool, verbose: bool, **arguments: Any
+) -> None:
     """Read windows into an array, an .npy or Zarr.
 
     MATRIX is a Zarr array; or an .npy, raw binary (with --dtype and --row-shape) or HDF5 with a contiguous data set
@@ -352,10 +301,11 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
 
         matrix, sink = _prepare(**arguments)
     ready = time.perf_counter()
+    apart = [*matrix.inputs(), *([] if sink.out is None else [arguments["out"]])]
     with (
         _foreign_output_diverted(),
         PeakMemory() as peak,
-        _connected(cluster, quiet=quiet, verbose=verbose) as link,
+        _connected(where, quiet=quiet, verbose=verbose, report=report, apart=apart) as link,
     ):
         started = time.perf_counter()
         threads = count_threads(active_client())
@@ -363,18 +313,18 @@ def run(*, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **arg
             sink.run(watch)
         ended = time.perf_counter()
     measures = Measures(begin, ready, started, ended, peak.nbytes, link)
-    report = report_run(matrix, sink, watch, measures, threads=threads, within=arguments["within"])
-    _report(*report, as_json=as_json)
+    _report(*report_run(matrix, sink, watch, measures, threads=threads, within=arguments["within"]), as_json=as_json)
 
 
 @cli.command()
 @click.argument("target", metavar="TARGET")
-@_option("--subset", metavar="PART", help="Read a random part, such as 10%.  [default: all]")
-@_option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the part.")
-@_option("--manifest", metavar="FILE", help="Compare with what --write-manifest wrote.")
+@option("--subset", metavar="PART", help="Read a random part, such as 10%.  [default: all]")
+@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the part.")
+@option("--manifest", metavar="FILE", help="Compare with what --write-manifest wrote.")
 @click.option("--write-manifest", metavar="FILE", help="Record size and crc32 of every file; compare nothing.")
-@_cluster_option
-@_common
+@report_option
+@connecting
+@common
 def verify(
     target: str,
     *,
@@ -382,7 +332,8 @@ def verify(
     seed: int,
     manifest: str | None,
     write_manifest: str | None,
-    cluster: str | None,
+    report: str | None,
+    where: dict[str, Any],
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -409,7 +360,10 @@ def verify(
             recording = prepare_recording(target, write_manifest)
     ready = time.perf_counter()
     problems = []
-    with PeakMemory() as peak, _connected(cluster, quiet=quiet, verbose=verbose) as link:
+    with (
+        PeakMemory() as peak,
+        _connected(where, quiet=quiet, verbose=verbose, report=report, apart=[target]) as link,
+    ):
         started = time.perf_counter()
         with _shown("ranges", quiet=quiet) as watch:
             if write_manifest is None:
@@ -418,8 +372,8 @@ def verify(
                 recording.run(watch)
         ended = time.perf_counter()
     measures = Measures(begin, ready, started, ended, peak.nbytes, link)
-    report = checking.report(watch, problems) if write_manifest is None else recording.report(watch)
-    facts, numbers = add_measures(report, watch, measures)
+    found = checking.report(watch, problems) if write_manifest is None else recording.report(watch)
+    facts, numbers = add_measures(found, watch, measures)
     if not (problems and as_json):
         _report(facts, numbers, as_json=as_json)
     if not problems:
@@ -433,9 +387,9 @@ def verify(
 
 @cli.command()
 @click.argument("directory", metavar="[DIR]", required=False)
-@_cluster_option
-@_common
-def demo(directory: str | None, *, cluster: str | None, as_json: bool, quiet: bool, verbose: bool, **_: bool) -> None:
+@connecting
+@common
+def demo(directory: str | None, *, where: dict[str, Any], as_json: bool, quiet: bool, verbose: bool, **_: bool) -> None:
     """Do the main job end to end, and check it.
 
     Makes an .npy of 1 GiB and a matrix of it, reads windows into memory and into Zarr, and compares both with plain
@@ -446,31 +400,32 @@ def demo(directory: str | None, *, cluster: str | None, as_json: bool, quiet: bo
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
         say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
-        stack.enter_context(_connected(cluster, quiet=quiet, verbose=verbose))
+        stack.enter_context(_connected(where, quiet=quiet, verbose=verbose))
         facts, numbers = run_demo(Path(folder), say)
     _report(facts, numbers, as_json=as_json)
 
 
 @cli.command()
 @click.argument("directory", metavar="[DIR]", required=False)
-@_option(
+@option(
     "--scenario",
-    type=click.Choice(["seed", "compressed", "small", "store", "create"]),
+    type=click.Choice(["seed", "compressed", "small", "store", "create", "clusters"]),
     default="seed",
     show_default=True,
-    help="The seed's windows into an array; compressed; many small ones; into Zarr; a matrix of a file.",
+    help="The seed's windows into an array; compressed; many small ones; into Zarr; a matrix of a file; the seed's "
+    "windows by this project alone, on several clusters.",
 )
-@_option(
+@option(
     "--rows",
     type=click.IntRange(min=1),
     help="Of the matrix. Default: 125,000; compressed and small: the full size.",
 )
-@_option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="One more is thrown away.")
-@_option("--cold", is_flag=True, help="Drop the files' pages before each read; needs no root.")
-@_option("--limit", type=click.FloatRange(min=0.1), default=120, show_default=True, help="Seconds of one read.")
-@_option("--plot", metavar="FILE", help="A picture, such as bench.png.")
-@_cluster_option
-@_common
+@option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="One more is thrown away.")
+@option("--cold", is_flag=True, help="Drop the files' pages before each read; needs no root.")
+@option("--limit", type=click.FloatRange(min=0.1), default=120, show_default=True, help="Seconds of one read.")
+@option("--plot", metavar="FILE", help="A picture, such as bench.png.")
+@connecting
+@common
 def bench(directory: str | None, *, plot: str | None, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Show this project beside h5py, np.memmap, zarr, dask, tensorstore and zarrs.
 
@@ -487,6 +442,22 @@ def bench(directory: str | None, *, plot: str | None, as_json: bool, quiet: bool
         say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
         words, numbers = run_bench(Path(folder), plot=None if plot is None else Path(plot), say=say, **settings)
     click.echo(json.dumps(numbers) if as_json else words)
+
+
+@cli.command()
+@connecting
+@memory_option
+@common
+def config(*, where: dict[str, Any], memory: str | None, as_json: bool, **_: bool) -> None:
+    """Show every value in force, and where it came from.
+
+    Keys, passwords and tokens are not shown. Starts no cluster.
+    """
+    from pipeline.settings import collect_settings, report_settings
+
+    variables = {str(each.envvar) for verb in cli.commands.values() for each in verb.params if each.envvar}
+    told = {name: teller for name, teller in tellers(click.get_current_context()) if name in {*where, "memory"}}
+    _report(*report_settings(collect_settings(where, told, memory=memory, variables=variables)), as_json=as_json)
 
 
 def _prepare(**arguments: Any) -> tuple[Matrix, Gathering | Storing]:
@@ -525,14 +496,20 @@ def _refuse_given(*names: str, beside: str) -> None:
 
 
 @contextlib.contextmanager
-def _connected(cluster: str | None, *, quiet: bool, verbose: bool) -> Iterator[str | None]:
-    """Connect to the cluster, and yield the dashboard's address."""
+def _connected(
+    where: dict[str, Any], *, quiet: bool, verbose: bool, report: str | None = None, apart: Iterable[str | Path] = ()
+) -> Iterator[str | None]:
+    """Connect to the cluster, and yield the dashboard's address; save a report that lies apart from what is named."""
     from pipeline.cluster import connect, dashboard_link
+    from pipeline.performance import check_report, performance_report
 
+    place = None if report is None else check_report(report, apart)
     with contextlib.ExitStack() as stack:
         with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-            client = stack.enter_context(connect(cluster, **({"silence_logs": False} if verbose else {})))
-        yield dashboard_link(client)
+            client = stack.enter_context(connect(**where | ({"silence_logs": False} if verbose else {})))
+        link = dashboard_link(client)
+        stack.enter_context(performance_report(place))
+        yield link
 
 
 @contextlib.contextmanager

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from urllib.request import urlopen
 
 import bokeh.client
 import dask
 import distributed
+import numpy as np
 import pytest
 import yaml
 
+import pipeline
+from pipeline import choice as choice_module
 from pipeline import cluster as module
+from pipeline.choice import choose_cluster, plan_deployment
 from pipeline.cluster import check_client, connect, dashboard_link
+from pipeline.clusterfile import read_spec
 from pipeline.errors import InputError, NotFoundError, OpenError
+from pipeline.local import LOCAL_DEFAULTS, local_kwargs
+from tests.sockets import listening
 
 LINUX = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
 SHIPPED = Path(__file__).parents[1] / "cluster.yaml"
@@ -44,35 +53,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-def listening():
-    """(host, port) of every TCP socket on which this process or a child of it listens, from the kernel's tables."""
-    pids = [os.getpid()]
-    for pid in pids:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            # A thread may end while it is looked at.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                pids += map(int, (task / "children").read_text().split())
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                target = str(link.readlink())
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                inodes.add(target[len("socket:[") : -1])
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        if not Path(table).exists():
-            continue
-        for line in Path(table).read_text().splitlines()[1:]:
-            words = line.split()
-            host, port = words[1].split(":")
-            if words[3] == "0A" and words[9] in inodes:
-                found.add((host, int(port, 16)))
-    return found
 
 
 @LINUX
@@ -134,24 +114,13 @@ def test_two_processes(capfd):
 
 def test_shipped_file_is_the_default():
     content = yaml.safe_load(SHIPPED.read_text())
-    assert content.pop("kwargs") == module._DEFAULTS
+    assert content.pop("kwargs") == LOCAL_DEFAULTS
     assert content == {"version": 1, "module": "dask.distributed", "class": "LocalCluster"}
-    shipped, settings, _ = module.read_spec(SHIPPED)
+    shipped, settings, _ = read_spec(SHIPPED)
     assert settings == {}
     for overrides in ({}, {"processes": True, "memory_limit": "1GB"}, {"n_workers": 3}):
-        built_in = module._local_kwargs({}, overrides, 1, "")
-        assert module._local_kwargs(shipped.kwargs, overrides, 1, "") == built_in
-
-
-def test_examples_in_the_shipped_file_work(write):
-    text = SHIPPED.read_text()
-    for line in ("scale: {workers: 4}", "adapt: {minimum: 1, maximum: 4}", "temporary-directory: /scratch"):
-        assert f"# {line}\n" in text
-        module.read_spec(write(text.replace(f"# {line}", line)))
-    dask_part = "# distributed:\n#   scheduler: {no-workers-timeout: 5 minutes}\n"
-    assert dask_part in text
-    _, settings, _ = module.read_spec(write(text.replace(dask_part, dask_part.replace("# ", "").replace("#", ""))))
-    assert settings == {"distributed": {"scheduler": {"no-workers-timeout": "5 minutes"}}}
+        built_in = local_kwargs({}, overrides, None, "", insecure=False)
+        assert local_kwargs(shipped.kwargs, overrides, None, "", insecure=False) == built_in
 
 
 def test_working_directory_file_is_found(write):
@@ -160,6 +129,35 @@ def test_working_directory_file_is_found(write):
         assert sorted(client.nthreads().values()) == [3, 3]
     with connect(n_workers=1, threads_per_worker=5, dashboard_address="127.0.0.1:0") as client:
         assert sorted(client.nthreads().values()) == [5]
+
+
+def test_workers_and_threads(write):
+    """Two or more workers are processes, whatever the file says; a limit for the other kind is forgotten."""
+
+    def planned(file, **given):
+        deployment = plan_deployment(choose_cluster(file, given))
+        names = ("n_workers", "processes", "threads_per_worker")
+        return tuple(deployment.kwargs[name] for name in names), deployment.scale, deployment.adapt
+
+    cores = max(2, len(os.sched_getaffinity(0)))
+    threads = write("version: 1\nkwargs: {processes: false, memory_limit: 0}\nscale: {workers: 3}")
+    for file in (None, SHIPPED, threads):
+        assert planned(file, workers=2) == ((2, True, math.ceil(cores / 2)), None, None)
+        assert planned(file, workers=2, processes=False)[0][1] is False
+        assert planned(file, workers=1, threads=7) == ((1, False, 7), None, None)
+    processes = write("version: 1\nkwargs: {processes: true, n_workers: 5}\nadapt: {maximum: 3}")
+    assert planned(processes, workers=1) == ((1, True, cores), None, None)
+    assert planned(processes, threads=3)[0] == (5, True, 3)
+    assert planned(processes, threads=3)[2].maximum == 3
+    for wrong in (
+        {"workers": 0},
+        {"workers": "2"},
+        {"threads": True},
+        {"threads": 0.5},
+        {"workers": 2, "n_workers": 2},
+    ):
+        with pytest.raises(InputError, match=r"workers|threads"):
+            planned(None, **wrong)
 
 
 @pytest.mark.parametrize("scale", ["scale: {workers: 3}", "scale: {n: 3}", "adapt: {minimum: 3, maximum: 4}"])
@@ -340,9 +338,10 @@ def test_memory_limit_in_process(write):
 
 
 def test_limit_of_the_other_kind_is_forgotten():
-    kwargs = module._local_kwargs({"processes": True, "memory_limit": "4GB"}, {"processes": False}, 1, "")
+    given = {"processes": True, "memory_limit": "4GB"}
+    kwargs, _ = local_kwargs(given, {"processes": False}, None, "", insecure=False)
     assert kwargs["memory_limit"] == 0
-    kwargs = module._local_kwargs({"processes": True, "memory_limit": "4GB"}, {"n_workers": 2}, 1, "")
+    kwargs, _ = local_kwargs(given, {"n_workers": 2}, None, "", insecure=False)
     assert kwargs["memory_limit"] == "4GB"
 
 
@@ -359,6 +358,89 @@ def test_existing_scheduler(write, monkeypatch):
         with pytest.raises(InputError, match="drop one"), connect(scheduler_address=address, n_workers=2):
             pass
         assert running.status.name == "running"
+
+
+def test_scheduler_file(write, tmp_path, monkeypatch):
+    """It may be absent, or half written, when it is looked for first."""
+    path = tmp_path / "scheduler.json"
+    with distributed.LocalCluster(
+        n_workers=1, processes=False, protocol="tcp", memory_limit=0, dashboard_address="127.0.0.1:0"
+    ) as running:
+        text = json.dumps(running.scheduler.identity() | {"workers": {}})
+        timers = [threading.Timer(0.3, path.write_text, [text[:20]]), threading.Timer(0.6, path.write_text, [text])]
+        for timer in timers:
+            timer.start()
+        with connect(scheduler_file=path) as client:
+            assert client.scheduler.address == running.scheduler_address
+        for timer in timers:
+            timer.join()
+        with connect(write(f"version: 1\nscheduler-file: {path}")) as client:
+            assert client.submit(sum, [5, 6]).result() == 11
+    monkeypatch.setattr(choice_module, "_FILE_SECONDS", 0.2)
+    monkeypatch.setattr(choice_module, "_TORN_SECONDS", 0.2)
+    for text, message in (("{", "JSONDecodeError"), ("{}", "KeyError: 'address'"), ("[]", "TypeError")):
+        path.write_text(text)
+        with pytest.raises(OpenError, match=message) as caught, connect(scheduler_file=path):
+            pass
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(OpenError, match="got none at .*scheduler.json"), connect(scheduler_file=path):
+        pass
+
+
+def _row_sums(block):
+    time.sleep(0.05)
+    return block.sum(axis=2)
+
+
+ADAPTIVE = """adapt: {minimum: 1, maximum: 2}
+distributed: {adaptive: {interval: 100ms, target-duration: 50ms, wait-count: 1}}"""
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        pytest.param("scale: {workers: 2}", id="by hand"),
+        pytest.param(ADAPTIVE, id="ci adaptive", marks=pytest.mark.slow),
+    ],
+)
+def test_workers_that_come_and_go_during_runs(write, samples, tmp_path, monkeypatch, scale):
+    """Those that are closed hold results, or run tasks."""
+    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 24)
+    rows = np.load(samples / "A.npy")
+    matrix = pipeline.open_matrix(samples / "A.zarr")
+    starts = pipeline.draw_starts(matrix.rows, length=16, count=400, seed=1)
+    expected = np.stack([rows[start : start + 16].sum(axis=1) for start in starts])
+    path = write(f"version: 1\nkwargs: {{processes: true, threads_per_worker: 1, memory_limit: 1GB}}\n{scale}\n")
+    with connect(path, dashboard_address=None) as client:
+        workers = client.cluster.scheduler.workers
+        ended = threading.Event()
+
+        def watch():
+            end = time.monotonic() + 15
+            for number in (2, 1):
+                if scale is not ADAPTIVE:
+                    client.cluster.scale(number)
+                while len(workers) != number and time.monotonic() < end and not ended.wait(0.01):
+                    pass
+            ended.set()
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        plan = pipeline.plan_windows(matrix, starts, length=16)
+        try:
+            rounds = 0
+            while not rounds or not ended.is_set():
+                np.testing.assert_allclose(pipeline.gather(plan, apply=_row_sums), expected)
+                stored = pipeline.store(plan, tmp_path / f"{rounds}.zarr", apply=_row_sums)
+                np.testing.assert_allclose(stored["windows"][:], expected)
+                rounds += 1
+        finally:
+            ended.set()
+            watching.join()
+        if scale is not ADAPTIVE:
+            assert len(workers) == 1
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:{}", "127.0.0.1:{}"])
@@ -435,8 +517,19 @@ BAD_FILES = [
     ("version: 1\nscale: {n: 2}\nadapt: {maximum: 3}", InputError, "one number or between two"),
     ("version: 1\nadapt: {minimum: 3}", InputError, "maximum"),
     ("version: 1\nadapt: {minimum: 3, maximum: 2}", InputError, "between two"),
-    ("version: 1\nmodule: os\nclass: system", InputError, "got os.system .* use dask.distributed.LocalCluster"),
-    ("version: 1\nclass: SSHCluster", InputError, "dask.distributed.LocalCluster"),
+    ("version: 1\nadapt: {minimum: 0, maximum: 2}", InputError, "keeps a worker at least, .*write minimum: 1"),
+    ("version: 1\nscale: {jobs: 2}", InputError, "jobs are of a batch system"),
+    ("version: 1\nscheduler-address: tcp://127.0.0.1:1\nscheduler-file: f", InputError, "got both from"),
+    ("version: 1\nscheduler-file: my.yaml", OpenError, "scheduler's file|writes its file"),
+    ("version: 1\ninsecure: 1", InputError, "insecure"),
+    ("version: 1\nmodule: dask_jobqueue", InputError, "got dask_jobqueue.no class"),
+    ("version: 1\nmodule: dask.distributed\nclass: SpecCluster", InputError, "mean 'dask.distributed"),
+    ("version: 1\nmodule: dask_jobqueue.core\nclass: JobQueueCluster", InputError, "one of Dask's clusters"),
+    ("version: 1\nmodule: dask_jobqueue\nclass: PDSCluster", InputError, "mean 'dask_jobqueue.PBSCluster'"),
+    (KWARGS + "{worker_class: os.system}", InputError, "'worker_class'"),
+    (KWARGS + "{processes: true, dashboard_address: ':0'}", InputError, "--insecure"),
+    ("version: 1\nmodule: os\nclass: system", InputError, "got os.system .* did you mean"),
+    ("version: 1\nclass: SSHClusters", InputError, "mean 'dask.distributed.SSHCluster'"),
     ("version: 1\nscheduler-address: tcp://h:1\nkwargs: {n_workers: 1}", InputError, "drop one"),
     (KWARGS + "{n_worker: 2}", InputError, "mean 'n_workers'"),
     (KWARGS + "{asynchronous: true}", InputError, "'asynchronous'"),
@@ -445,7 +538,16 @@ BAD_FILES = [
     (KWARGS + "{threads_per_worker: 0.5}", InputError, "threads_per_worker"),
     (KWARGS + "{processes: 'yes'}", InputError, "processes"),
     (KWARGS + "{processes: true, memory_limit: 8XB}", InputError, "XB"),
-    (KWARGS + "{dashboard_address: 'host.invalid:1'}", OpenError, "must start"),
+    (KWARGS + "{dashboard_address: 'host.invalid:1'}", InputError, "dashboard is on loopback"),
+    ("version: 1\n<<: {class: LocalCluster}", InputError, "a key << in .* line 2"),
+    ("version: 1\nkwargs:\n  <<: {n_workers: 2}", InputError, "a key << in .* line 3"),
+    ("version: 1\nscheduler_file: a\nscheduler-file: b", InputError, "'scheduler-file' with a hyphen"),
+    ("version: 1\nscheduler-address: tcp://host.invalid:1", InputError, "name is not known here.*--insecure"),
+    (KWARGS + "{scheduler_kwargs: [1]}", InputError, "scheduler_kwargs is a mapping"),
+    *(
+        (KWARGS + f"{{scheduler_kwargs: {{{key}: '1'}}}}", InputError, f"got {key} in scheduler_kwargs")
+        for key in ("protocol", "host", "interface", "port", "security")
+    ),
 ]
 
 
@@ -465,6 +567,29 @@ def test_file_that_cannot_be_read(tmp_path):
         pass
     (tmp_path / "latin.yaml").write_bytes(b"version: 1 # \xff")
     with pytest.raises(OpenError, match="utf-8"), connect(tmp_path / "latin.yaml"):
+        pass
+
+
+def test_text_of_a_file_is_not_said_again(write):
+    with (
+        pytest.raises(OpenError, match=r"readable YAML.*, line 3; correct it") as caught,
+        connect(write("version: 1\nkwargs:\n  password: 'SESAME' b\n")),
+    ):
+        pass
+    assert "SESAME" not in str(caught.value)
+
+
+def test_a_time_stays_text(write):
+    spec, _, _ = read_spec(write(KWARGS + "{a: 10:00:00, b: 1:30.5, c: 17, d: 2.5}"))
+    assert spec.kwargs == {"a": "10:00:00", "b": "1:30.5", "c": 17, "d": 2.5}
+
+
+def test_a_scheduler_that_ends_while_a_worker_is_awaited(monkeypatch):
+    def lose(*_):
+        raise OSError("it went")
+
+    monkeypatch.setattr(module, "_await_worker", lose)
+    with pytest.raises(OpenError, match="a scheduler runs until its client ends; got it went"), connect():
         pass
 
 

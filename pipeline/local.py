@@ -1,0 +1,217 @@
+"""A cluster on this machine: threads of this process, or processes."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import sys
+from contextlib import suppress
+from functools import partial
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, Any
+
+import dask
+import distributed
+from dask.system import CPU_COUNT
+from tornado.ioloop import PeriodicCallback
+
+from pipeline.dashboard import Worker, can_defer_pages, defer_pages
+from pipeline.deployments import check_keys, keywords_of, mapping_of
+from pipeline.errors import InputError
+from pipeline.launch import launch
+from pipeline.memory import budget
+from pipeline.security import (
+    Encryption,
+    check_dashboard,
+    check_protocol,
+    choose_encryption,
+    given_encryption,
+    listens_on_loopback,
+    without_dashboard,
+)
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+LOCAL_DEFAULTS: dict[str, Any] = {
+    "n_workers": 1,
+    "processes": False,
+    "memory_limit": 0,
+    "dashboard_address": "127.0.0.1:8787",
+    "worker_dashboard_address": "127.0.0.1:0",
+}
+"""`kwargs` of a LocalCluster where the file leaves them out: one process, reachable from this host alone."""
+
+_LISTENING = {"protocol", "host", "interface", "port", "security"}
+_LOG_LEVEL = "DASK_LOGGING__DISTRIBUTED"
+_SWEPT = "ignore::UserWarning:multiprocessing.resource_tracker"
+_LOOPBACK = "127.0.0.1:0"
+_MIN_THREADS = 2
+"""One that reads while another copies; many reads are in flight, whatever the number of threads."""
+_REPLACE_SECONDS = 1
+_GONE = (distributed.Status.closed, distributed.Status.failed)
+
+
+def local_kwargs(
+    given: dict[str, Any], overrides: dict[str, Any], workers: int | None, origin: str, *, insecure: bool
+) -> tuple[dict[str, Any], Encryption]:
+    """Keywords of a LocalCluster: defaults, then the file, then `overrides`; and how it is kept from others.
+
+    Parameters
+    ----------
+    workers
+        Those that it scales to, None where the file says nothing of it.
+    origin
+        Names the file in messages.
+
+    Raises
+    ------
+    InputError
+        If a keyword or its value cannot be used, or others could reach the cluster in plain.
+    OpenError
+        If certificates are needed, and cannot be made.
+    """
+    known = keywords_of(distributed.LocalCluster, distributed.Nanny, distributed.Worker) - {"worker_class"}
+    check_keys(given, sorted(known), f"kwargs in {origin}")
+    check_keys(overrides, sorted(known), "the arguments")
+    _check_scheduler(given, origin)
+    _check_scheduler(overrides, "the arguments")
+    workers = workers or 1
+    kwargs = LOCAL_DEFAULTS | given | overrides
+    processes = kwargs["processes"]
+    if not isinstance(processes, bool):
+        raise InputError(f"processes is true or false; got {processes!r}; correct it")
+    for key, least in (("n_workers", 0 if workers > 1 else 1), ("threads_per_worker", 1)):
+        value = kwargs.setdefault(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{key} is a whole number, at least {least}; got {value!r}; correct it")
+    workers = max(workers, kwargs["n_workers"])
+    if "threads_per_worker" not in given | overrides:
+        kwargs["threads_per_worker"] = math.ceil(max(_MIN_THREADS, CPU_COUNT) / workers)
+
+    # A limit that was written for the other kind of worker says nothing about this one.
+    switched = processes != given.get("processes", LOCAL_DEFAULTS["processes"])
+    limit = (overrides if switched else given | overrides).get("memory_limit", "auto")
+    if limit == "auto":
+        limit = budget().nbytes // workers if processes else 0
+    if not processes:
+        check_no_limit(limit)
+    kwargs["memory_limit"] = limit
+
+    for key in ("dashboard_address", "worker_dashboard_address"):
+        check_dashboard(kwargs[key], insecure=insecure)
+    # Without an address Dask still serves HTTP, on all interfaces.
+    served = {"dashboard_address": kwargs["dashboard_address"]} | (kwargs.get("scheduler_kwargs") or {})
+    if served["dashboard_address"] in (None, False):
+        off = without_dashboard(served, _LOOPBACK)
+        kwargs |= {"dashboard_address": _LOOPBACK, "scheduler_kwargs": off}
+    kwargs["worker_dashboard_address"] = kwargs["worker_dashboard_address"] or _LOOPBACK
+    return _encrypted(kwargs, insecure=insecure)
+
+
+def _check_scheduler(options: dict[str, Any], origin: str) -> None:
+    """Refuse keywords of the scheduler alone that say where it listens, and how; InputError."""
+    if own := mapping_of(options, "scheduler_kwargs", origin).keys() & _LISTENING:
+        raise InputError(
+            "who can reach a cluster is said for its scheduler and workers alike; got "
+            f"{', '.join(sorted(own))} in scheduler_kwargs in {origin}; write the kwargs of the LocalCluster itself, "
+            "with scheduler_port for port"
+        )
+
+
+def _encrypted(kwargs: dict[str, Any], *, insecure: bool) -> tuple[dict[str, Any], Encryption]:
+    """Keep what leaves this machine from others; what does not needs no encryption."""
+    security = distributed.Security()
+    served = kwargs | (kwargs.get("scheduler_kwargs") or {})
+    check_dashboard(served["dashboard_address"], insecure=insecure)
+    own = any(kwargs.get(key) for key in ("protocol", "security", "host", "interface", "scheduler_port"))
+    if not kwargs["processes"] and not own:
+        # Also where Dask's settings ask for encryption: nothing is sent.
+        return kwargs | {"protocol": "inproc://"}, Encryption.LOOPBACK
+    if all(listens_on_loopback({"host": "127.0.0.1"} if _is_open(each) else each) for each in (kwargs, served)):
+        asked = given_encryption(kwargs.get("security"))
+        return kwargs, asked or (Encryption.CONFIGURED if security.require_encryption else Encryption.LOOPBACK)
+    check_protocol(kwargs.get("protocol"), insecure=insecure)
+    encryption = given_encryption(kwargs.get("security")) or choose_encryption(insecure=insecure)
+    if encryption is Encryption.TEMPORARY:
+        kwargs = kwargs | {"security": True}
+    if encryption is not Encryption.NONE:
+        kwargs = kwargs | {"protocol": "tls://"}
+    return kwargs, encryption
+
+
+def _is_open(options: dict[str, Any]) -> bool:
+    """Whether neither host nor interface is named: a LocalCluster takes loopback then."""
+    return options.get("host") is None and options.get("interface") is None
+
+
+def check_no_limit(limit: Any) -> None:
+    """Refuse a memory limit for workers of this process; InputError."""
+    if limit not in (0, None, "0"):
+        raise InputError(
+            "workers in the process of their client must have no memory limit, or the result would pause them; "
+            f"got memory_limit={limit!r}; set memory_limit=0, or processes=True"
+        )
+
+
+def start_local(stack: ExitStack, kwargs: dict[str, Any], *, level: Any, replace: bool) -> Any:
+    """Start a LocalCluster, which `stack` closes.
+
+    Parameters
+    ----------
+    kwargs
+        What `local_kwargs` gave.
+    level
+        Of Dask's log lines that are let through; falsy: all.
+    replace
+        Whether processes that end for good are started anew.
+    """
+    kwargs = kwargs | {"silence_logs": level}
+    # The children that Python starts while it imports the main script would start children of their own, and so on.
+    if kwargs["processes"] and getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)
+    deferred = can_defer_pages() and not kwargs.get("scheduler_kwargs")
+    if deferred:
+        kwargs["scheduler_kwargs"] = {"dashboard": False}
+    if kwargs["processes"]:
+        _keep_processes_quiet(stack, level)
+    else:
+        kwargs["worker_class"] = Worker
+    cluster = launch(stack, distributed.LocalCluster, kwargs, shielded=kwargs["processes"])
+    if deferred:
+        defer_pages(cluster.scheduler, "scheduler")
+    if kwargs["processes"] and replace:
+        again = PeriodicCallback(partial(_replace_lost, cluster), 1000 * _REPLACE_SECONDS)
+        # Of those that the cluster stops when it closes.
+        cluster.periodic_callbacks["replace-lost"] = again
+        cluster.loop.add_callback(again.start)
+    return cluster
+
+
+def _keep_processes_quiet(stack: ExitStack, level: Any) -> None:
+    """See to it that processes to be started say nothing when they end, or are killed."""
+    if level and _LOG_LEVEL not in os.environ:
+        # A worker that closes lets go of `silence_logs` too early. Dask leaves the variable in our environment.
+        stack.callback(os.environ.pop, _LOG_LEVEL, None)
+        stack.enter_context(dask.config.set({f"distributed.nanny.pre-spawn-environ.{_LOG_LEVEL}": str(level)}))
+    # What sweeps behind processes that were killed tells of each semaphore. It starts here, and not in the thread that
+    # blocks SIGINT, since it would let that through again.
+    sys.warnoptions.append(_SWEPT)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(_SWEPT)
+
+
+async def _replace_lost(cluster: Any) -> None:
+    """Start workers anew whose nanny has gone, too.
+
+    A nanny restarts a process that dies, and goes itself where the process leaves in order, or cannot start.
+    """
+    for name, nanny in list(cluster.workers.items()):
+        if nanny.status in _GONE:
+            del cluster.workers[name]
+    if cluster.worker_spec.keys() - cluster.workers.keys():
+        with suppress(Exception):
+            await cluster._correct_state()  # noqa: SLF001 (`Cluster.scale` drops its errors into the log)
