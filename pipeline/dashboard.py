@@ -1,17 +1,32 @@
-"""The dashboard of a cluster that runs in this process: pages made when somebody looks, and their address."""
+"""The dashboard: where it is found, and its pages, which a cluster in this process makes when somebody looks."""
 
 from __future__ import annotations
 
 import importlib
+import ipaddress
+import os
+import socket
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import dask
 import distributed
-import distributed.utils
+from distributed.comm import get_address_host
+from distributed.deploy import Cluster
+from distributed.utils import format_dashboard_link
 from tornado.httputil import HTTPServerConnectionDelegate
 
 if TYPE_CHECKING:
     from tornado.httputil import HTTPConnection, HTTPMessageDelegate
+
+_LOOPBACK = "127.0.0.1"
+_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 (what others listen on)
+_LINK = "distributed.dashboard.link"
+_PLAIN_LINK = "{scheme}://{host}:{port}/status"
+"""Dask's own value of it; any other one is how the user's site serves dashboards, such as JupyterHub's proxy."""
+_SUBMIT_HOSTS = ("SLURM_SUBMIT_HOST", "PBS_O_HOST", "SGE_O_HOST", "LSB_SUB_HOST")
+"""Where a batch job was submitted, by the batch systems that tell."""
+_PROBE_SECONDS = 1
 
 
 class _FirstRequest(HTTPServerConnectionDelegate):
@@ -65,15 +80,118 @@ class Worker(distributed.Worker):  # type: ignore[misc]
         return self
 
 
+class Address(NamedTuple):
+    """Where a dashboard is found."""
+
+    link: str
+    tunnel: str | None
+    """The `ssh` command that brings its port to the machine of whoever reads this, where that is needed."""
+
+
 def dashboard_link(client: distributed.Client) -> str | None:
-    """Address of the client's dashboard as it can be opened from this machine, or None where it has none."""
-    scheduler = getattr(client.cluster, "scheduler", None)
-    if not isinstance(scheduler, distributed.Scheduler):
-        return client.dashboard_link  # type: ignore[no-any-return]
+    """Return the link of the client's dashboard, with the port that it took, or None where it has none.
+
+    It is the one of `distributed.dashboard.link` where that is set. A dashboard that listens on another machine's
+    loopback alone has the link that works through a tunnel.
+    """
+    address = locate_dashboard(client)
+    return None if address is None else address.link
+
+
+def say_dashboard(client: distributed.Client) -> list[str]:
+    """Lines that tell where the dashboard is: its link, and how its port is reached from the user's own machine."""
+    address = locate_dashboard(client)
+    if address is None:
+        return []
+    tunnel = [] if address.tunnel is None else [f"from your own machine: {address.tunnel}"]
+    return [f"dashboard: {address.link}", *tunnel]
+
+
+def locate_dashboard(client: distributed.Client) -> Address | None:
+    """Find out where a client's dashboard is, and whether it is reached from here; None where it has none."""
+    cluster = client.cluster
+    if cluster is not None and getattr(type(cluster), "dashboard_link", None) is not Cluster.dashboard_link:
+        # That of a gateway, or of a forwarded port.
+        return Address(cluster.dashboard_link, None) if cluster.dashboard_link else None
+    scheduler = getattr(cluster, "scheduler", None)
+    here = isinstance(scheduler, distributed.Scheduler)
+    host, port = _served_here(scheduler) if here else _served_elsewhere(client)
+    if port is None:
+        return None
+    way = _way_here()
+    if not here and not _is_link_set() and not _answers(host, port):
+        # It listens on loopback alone.
+        way += [] if _is_ours(host) else [host]
+        host = _LOOPBACK
+    return _describe(host, port, way)
+
+
+def _served_here(scheduler: distributed.Scheduler) -> tuple[str, int | None]:
+    """Return host and port of the dashboard of a scheduler in this process; no port where it has none."""
     server = scheduler.http_server
     # Without the dashboard, also where bokeh is absent, the server still serves other pages.
-    if not scheduler.http_application.applications and not isinstance(server.request_callback, _FirstRequest):
-        return None
+    is_there = scheduler.http_application.applications or isinstance(server.request_callback, _FirstRequest)
     # Dask's own link names this host's outer address even where the dashboard listens on loopback alone.
-    host = "127.0.0.1" if server.address in ("0.0.0.0", "::") else server.address  # noqa: S104
-    return str(distributed.utils.format_dashboard_link(host, server.port))
+    return _LOOPBACK if server.address in _EVERYWHERE else server.address, server.port if is_there else None
+
+
+def _served_elsewhere(client: distributed.Client) -> tuple[str, int | None]:
+    """Return the host of a client's scheduler, and its dashboard's port; no port where it has none."""
+    services = client.scheduler_info(n_workers=0)["services"]
+    return get_address_host(client.scheduler.address), services.get("dashboard")
+
+
+def _describe(host: str, port: int, way: list[str]) -> Address:
+    """Give the link of what listens at `host` and `port` of the last machine of `way`, and the tunnel through them."""
+    host = f"[{host}]" if ":" in host else host
+    try:
+        link = format_dashboard_link(host, port)
+    except (KeyError, IndexError, ValueError):
+        # A variable of the environment that the user's own link names is absent.
+        link = f"http://{host}:{port}/status"
+    if not way or _is_link_set():
+        return Address(link, None)
+    through = f"-J {','.join(way[:-1])} " if way[:-1] else ""
+    plain = f"http://{_LOOPBACK}:{port}/status"
+    return Address(link if host != _LOOPBACK else plain, f"ssh -L {port}:{host}:{port} {through}{way[-1]}")
+
+
+def _is_link_set() -> bool:
+    return bool(dask.config.get(_LINK) != _PLAIN_LINK)
+
+
+def _way_here() -> list[str]:
+    """Machines that the user goes through by `ssh` to reach this process, as far as is known; none where that is here.
+
+    A batch job keeps the variables of the session that submitted it.
+    """
+    here = socket.gethostname()
+    words = os.environ.get("SSH_CONNECTION", "").split()
+    if len(words) == 4:
+        entry = words[2]
+        if not _is_ours(entry):
+            return [entry, here]
+        return [here if ipaddress.ip_address(entry).is_loopback else entry]
+    submitted = next((os.environ[name] for name in _SUBMIT_HOSTS if os.environ.get(name)), None)
+    if submitted is None:
+        return []
+    return [here] if submitted.split(".")[0] == here.split(".")[0] else [submitted, here]
+
+
+def _is_ours(host: str) -> bool:
+    """Whether an address or a name is one of this machine's."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, number) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True

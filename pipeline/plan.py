@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.encoding import writing_nbytes
+from pipeline.errors import BudgetError
+from pipeline.keys import Keys
 from pipeline.matrix import Matrix, html_table
-from pipeline.memory import parse_size
+from pipeline.memory import budget, held_nbytes, parse_size
 from pipeline.sizes import MIB, count_of, format_size
 from pipeline.starts import check_starts
 
@@ -36,12 +38,21 @@ JOINED_NBYTES = 128 * 1024
 
 Of 0 to 1 MiB the one that is never far from the best, for 1 to 30 ms a request, 100 to 500 MB/s, 10 or 40 at once.
 """
+REQUEST_NBYTES = 2 * MIB
+"""Bytes of one request at most: a task that reads long ranges has many in flight, and each takes longer than it waits.
+
+Measured with 1 to 30 ms a request and 100 to 500 MB/s: 512 KiB costs up to 1.8 times as much, 16 MiB up to 3.2 times.
+"""
 SLAB_NBYTES = 2 * MIB
 """Bytes of spans that are read from local files before their windows are copied: they should stay in the cache."""
 IN_FLIGHT_NBYTES = 32 * MIB
 """Bytes of the requests to a store that a task has in flight."""
+_GET_USD = 0.4e-6
+"""Public price of a GET request to S3, in us-east-1."""
 _PIECE_NBYTES = 256
 """Memory that a reader takes for its notes on each part of a window that lies in one chunk."""
+_PLANNED_NBYTES = 32
+"""Memory that planning takes for each window, beside its start; 24 of them stay."""
 _STRETCH = 2**20
 """Windows whose cost is counted at once: bounds the memory of planning."""
 
@@ -72,6 +83,9 @@ class Cost:
     """Bytes read divided by bytes that were asked for: less than 1 where windows overlap and each row is read once."""
     scratch_nbytes: int
     """Bytes of spans of rows that a task holds while it copies its windows; 0: windows are read alone."""
+    requests: int
+    """What a store is asked for, about: ranges of rows, and a shard's index once a task; chunks where they are decoded.
+    0 where the files are local."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -141,10 +155,9 @@ class Plan:
         layout, length = self.matrix.layout, self.length
         most = cut_windows(len(self), self.window_nbytes, most_nbytes=PLACED_NBYTES)
         pieces = most * (2 + length // layout.chunk_rows)
-        bookkeeping = MIB + _PIECE_NBYTES * pieces
+        bookkeeping = MIB + _PIECE_NBYTES * pieces + (IN_FLIGHT_NBYTES if isinstance(layout.files, Keys) else 0)
         if layout.reader != "decoded":
-            in_flight = IN_FLIGHT_NBYTES if layout.reader == "ranged" else 0
-            return bookkeeping + in_flight + max(self.chunk.scratch_nbytes, self.request.scratch_nbytes)
+            return bookkeeping + max(self.chunk.scratch_nbytes, self.request.scratch_nbytes)
         # A chunk is decoded whole, the part of it that lies beyond the matrix, too.
         rows = max(layout.chunk_rows, min(self.matrix.rows, layout.chunk_rows + length))
         touched = rows * self.matrix.row_nbytes
@@ -167,6 +180,10 @@ class Plan:
     def cost(self, order: Order) -> Cost:
         """Cost of one order."""
         return self.chunk if order == "chunk" else self.request
+
+    def count_tasks(self, windows: int) -> int:
+        """How many tasks of so many windows `tasks` yields."""
+        return -(-len(self) // windows)
 
     def tasks(self, order: Order, *, windows: int | None = None) -> Iterator[Task]:
         """Cut the plan: consecutive windows of the order, every window in exactly one task.
@@ -214,6 +231,9 @@ class Plan:
         )
         writing = writing_nbytes(self.block_nbytes, self.window_nbytes, plain=self.window_nbytes <= BLOCK_NBYTES)
         facts["memory of store"] = f"{format_size(self.block_nbytes + writing + self.reading_nbytes)} a thread"
+        if self.chunk.requests:
+            prices = (f"{each.requests:,} ({each.requests * _GET_USD:.2f} USD)" for each in (self.chunk, self.request))
+            facts["requests"] = f"about {' as gather, '.join(prices)} as store, at the price of a GET of S3"
         crossings = self.crossings()
         if crossings:
             facts["crossings"] = f"{crossings:,} windows cross the border of two parts"
@@ -250,6 +270,8 @@ def plan_windows(matrix: Matrix, starts: ArrayLike, *, length: int, memory: int 
     ------
     InputError
         If a start, the length or the limit is no such number.
+    BudgetError
+        If so many windows cannot be planned in the memory that is free.
 
     Examples
     --------
@@ -263,12 +285,22 @@ def plan_windows(matrix: Matrix, starts: ArrayLike, *, length: int, memory: int 
     """
     length = matrix.check_length(length)
     checked = check_starts(starts, rows=matrix.rows, length=length)
+    _check_fits(len(checked))
     task_windows = cut_windows(len(checked), length * matrix.row_nbytes)
     sorted_starts, places = _sort(checked, matrix.rows)
     chunk = _cost(matrix, "chunk", sorted_starts, length, task_windows)
     request = _cost(matrix, "request", checked, length, task_windows)
     limit = None if memory is None else parse_size(memory)
     return Plan(matrix, checked, length, limit, task_windows, sorted_starts, places, chunk, request)
+
+
+def _check_fits(count: int) -> None:
+    allowed, needed = budget(), count * _PLANNED_NBYTES
+    if needed > allowed.nbytes - held_nbytes():
+        raise BudgetError(
+            f"a plan fits in memory; that of {count:,} windows takes {format_size(needed)}, {allowed.source} allows "
+            f"{format_size(allowed.nbytes)}; plan and run them in parts, each with starts and an output of its own"
+        )
 
 
 def cut_windows(count: int, window_nbytes: int, *, fewest: int = 1, most_nbytes: int | None = None) -> int:
@@ -313,38 +345,61 @@ def _count_rows(ascending: NDArray[np.int64], length: int, row_nbytes: int) -> t
     return int(total), int(np.where(dense, spanned, 0).max())
 
 
-def _count_ranged(ascending: NDArray[np.int64], length: int, row_nbytes: int, file_rows: int) -> int:
-    """Count the rows of the ranges that tasks (t, k) ask a store for: each once a task, with gaps within one key."""
+def _count_ranged(ascending: NDArray[np.int64], length: int, row_nbytes: int, file_rows: int) -> tuple[int, int]:
+    """Count the rows of the ranges that tasks (t, k) ask a store for, each once a task, with gaps within one key.
+
+    Also the requests that they take: ranges end with their key, and long ones are cut.
+    """
     gap = JOINED_NBYTES // row_nbytes
     steps = np.diff(ascending, axis=1)
     within = (ascending[:, :-1] + (length - 1)) // file_rows == ascending[:, 1:] // file_rows
     near = joins(ascending, length, row_nbytes)
     spans = near & is_dense(near)[:, None]
     joined = spans | (steps <= length) | (within & (steps <= length + gap))
-    return int(np.where(joined, steps, length).sum()) + len(ascending) * length
+    edge = np.ones((len(ascending), 1), bool)
+    first = ascending[np.concatenate([edge, ~joined], axis=1)]
+    last = ascending[np.concatenate([~joined, edge], axis=1)] + (length - 1)
+    ends = np.minimum(last, (first // file_rows + 1) * file_rows - 1)
+    between = last // file_rows - first // file_rows
+    # Up to the end of the first key, whole keys, and what lies in the last one.
+    requests = _count_cuts(ends - first + 1, row_nbytes).sum()
+    requests += (np.maximum(between - 1, 0) * _count_cuts(file_rows, row_nbytes)).sum()
+    requests += (np.minimum(between, 1) * _count_cuts(last % file_rows + 1, row_nbytes)).sum()
+    return int(np.where(joined, steps, length).sum()) + len(ascending) * length, int(requests)
+
+
+def _count_cuts(rows: Any, row_nbytes: int) -> Any:
+    """How many requests a range of so many rows of one key is cut into."""
+    return -(-rows * row_nbytes // REQUEST_NBYTES)
 
 
 def _cost(matrix: Matrix, order: Order, ordered: NDArray[np.int64], length: int, task_windows: int) -> Cost:
     layout, row_nbytes = matrix.layout, matrix.row_nbytes
-    chunks = nbytes = scratch = 0
+    chunks = nbytes = scratch = requests = 0
     for tasks in _stretches(ordered, task_windows):
         ascending = tasks if order == "chunk" else np.sort(tasks, axis=1)
         touched = count_touched(ascending, length, layout.chunk_rows)
         chunks += touched
         if layout.reader == "decoded":
             nbytes += touched * layout.chunk_rows * row_nbytes
+            requests += touched
             continue
         rows, held = _count_rows(ascending, length, row_nbytes)
         if layout.reader == "ranged":
-            rows = _count_ranged(ascending, length, row_nbytes, layout.file_rows)
+            rows, asked = _count_ranged(ascending, length, row_nbytes, layout.file_rows)
+            requests += asked
         else:
             held = min(held, SLAB_NBYTES // row_nbytes + 2 * length)
         nbytes += rows * row_nbytes
         scratch = max(scratch, held * row_nbytes)
         if layout.files.index is not None:
-            nbytes += count_touched(ascending, length, layout.file_rows) * layout.files.index.nbytes
+            files = count_touched(ascending, length, layout.file_rows)
+            nbytes += files * layout.files.index.nbytes
+            requests += files
     wanted = len(ordered) * length * row_nbytes
-    return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted, scratch)
+    if not isinstance(layout.files, Keys):
+        requests = 0
+    return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted, scratch, requests)
 
 
 def count_touched(ascending: NDArray[np.int64], length: int, unit_rows: int) -> int:

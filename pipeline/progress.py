@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
-from pipeline.capacity import active_client, count_threads
+from pipeline.capacity import active_client, count_threads, measure_workers
+from pipeline.memory import held_nbytes
 from pipeline.report import STAGES, Watch
 from pipeline.sizes import count_of, format_size
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pipeline.tasks import Receipt
 
 _SECONDS = 10.0
+_BAR_SECONDS = 5.0
+"""How often the bar tells of memory: a scheduler that is asked lists all of its workers."""
 _STALL_SECONDS = 60.0
 """A run stalls when no task has finished for so long, and for several times the longest task."""
 _STALL_TASKS = 4
@@ -32,6 +35,7 @@ class ShownWatch(Watch):
         self._bar: tqdm[Any] | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._client: Any = None
         self._at_once = 1
         self._longest = 0.0
         self._last: tuple[float, float]
@@ -52,7 +56,9 @@ class ShownWatch(Watch):
         super().begin(tasks, units, nbytes)
         if self._quiet:
             return
-        self._at_once = count_threads(active_client())
+        # The thread that tells has none of its own where the caller's is of a context.
+        self._client = active_client()
+        self._at_once = count_threads(self._client)
         self._last = time.perf_counter(), time.time()
         if sys.stderr.isatty():
             self._bar = tqdm(total=units, unit=f" {self._unit}", file=sys.stderr, dynamic_ncols=True, leave=False)
@@ -71,13 +77,28 @@ class ShownWatch(Watch):
         """Count a task that an earlier run had finished, and move the bar."""
         super().task_kept(units)
         if self._bar is not None:
+            # Its pace is that of this run.
+            self._bar.initial += units
             self._bar.update(units)
+
+    def task_retried(self, words: str) -> None:
+        """Count a task that is run again, and say why."""
+        super().task_retried(words)
+        self.say(words)
+
+    def say(self, line: str) -> None:
+        """Tell the user, unless all is to be quiet."""
+        if not self._quiet:
+            self._write(line)
 
     def _tell(self) -> None:
         told = None
-        while not self._ended.wait(_SECONDS):
+        pause = _SECONDS if self._bar is None else min(_SECONDS, _BAR_SECONDS)
+        while not self._ended.wait(pause):
             if self._bar is None:
-                self._write(self._progress())
+                self._write(f"{self._progress()}, {self._memory()}")
+            else:
+                self._bar.set_postfix_str(self._memory())
             last = self._last
             silent = time.perf_counter() - last[0]
             left = self.tasks - self.kept_tasks - self.done_tasks
@@ -92,12 +113,20 @@ class ShownWatch(Watch):
 
     def _progress(self) -> str:
         passed = time.perf_counter() - self.started
-        share = self.done_units / self.units
-        left = f"{passed * (1 - share) / share:.0f} s left" if share else "time left not known yet"
+        # What an earlier run had done tells nothing of this one's pace.
+        own = self.done_units - self.kept_units
+        left = f"{passed * (self.units - self.done_units) / own:.0f} s left" if own else "time left not known yet"
         return (
-            f"{self.done_units:,} of {self.units:,} {self._unit} ({share:.0%}), "
-            f"{self.done_tasks:,} of {self.tasks:,} tasks, {format_size(self.nbytes * share / passed)}/s, {left}"
+            f"{self.done_units:,} of {self.units:,} {self._unit} ({self.done_units / self.units:.0%}), "
+            f"{self.done_tasks + self.kept_tasks:,} of {self.tasks:,} tasks, "
+            f"{format_size(self.nbytes * own / self.units / passed)}/s, {left}"
         )
+
+    def _memory(self) -> str:
+        """Memory of this process and its descendants, and of workers that are none."""
+        workers, nbytes = measure_workers(self._client)
+        own = f"{format_size(held_nbytes())} of memory"
+        return f"{own} here, {format_size(nbytes)} in {count_of(workers, 'worker')}" if workers else own
 
     def _write(self, line: str) -> None:
         if self._bar is None:

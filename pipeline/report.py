@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,13 @@ class Watch:
     units: int = 0
     """What there is to do in all: windows of a run, rows of a matrix to be created."""
     nbytes: int = 0
-    """Bytes of the output."""
+    """Bytes of all units, as they were asked for."""
     done_tasks: int = 0
     kept_tasks: int = 0
     """Finished by an earlier run, which this one resumed."""
     done_units: int = 0
+    kept_units: int = 0
+    """Of `done_units`, those of an earlier run."""
     nbytes_read: int = 0
     read_seconds: float = 0.0
     """Summed over tasks, as the other seconds: more than the wall clock's where tasks run side by side."""
@@ -38,6 +41,8 @@ class Watch:
     write_seconds: float = 0.0
     nonfinite: int = 0
     """Values that `apply` gave and that are NaN or infinite."""
+    retries: int = 0
+    """Times that a task was run again, after a failure that may pass."""
     started: float = field(default_factory=time.perf_counter)
 
     def begin(self, tasks: int, units: int, nbytes: int) -> None:
@@ -48,6 +53,7 @@ class Watch:
     def task_kept(self, units: int) -> None:
         """Count a task that an earlier run had finished."""
         self.kept_tasks += 1
+        self.kept_units += units
         self.done_units += units
 
     def task_done(self, receipt: Receipt) -> None:
@@ -60,6 +66,15 @@ class Watch:
         self.apply_seconds += receipt.apply_seconds
         self.write_seconds += receipt.write_seconds
         self.nonfinite += receipt.nonfinite
+
+    def task_retried(self, words: str) -> None:
+        """Count a task that is run again; `words` say why."""
+        del words
+        self.retries += 1
+
+    def say(self, line: str) -> None:
+        """Tell the user what is worth knowing, though the run goes on."""
+        warnings.warn(line, stacklevel=2)
 
 
 def share_seconds(watch: Watch) -> dict[str, float]:

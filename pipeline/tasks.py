@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import traceback
@@ -15,12 +16,12 @@ from dask import delayed
 
 from pipeline.arrays import check_decodable
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
-from pipeline.readers import choose_reader
+from pipeline.readers import DirectReader, choose_reader
 from pipeline.sizes import count_of
 from pipeline.sources import is_numeric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from dask.delayed import Delayed
     from numpy.typing import NDArray
@@ -65,6 +66,19 @@ class Receipt:
     files: tuple[FileRecord, ...] = ()
     """What it wrote, read back."""
 
+    def plus(self, other: Receipt) -> Receipt:
+        """Add what another part of the same task did, but for what it wrote."""
+        return replace(
+            self,
+            units=self.units + other.units,
+            nbytes_read=self.nbytes_read + other.nbytes_read,
+            read_seconds=self.read_seconds + other.read_seconds,
+            decode_seconds=self.decode_seconds + other.decode_seconds,
+            apply_seconds=self.apply_seconds + other.apply_seconds,
+            write_seconds=self.write_seconds + other.write_seconds,
+            nonfinite=self.nonfinite + other.nonfinite,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -76,6 +90,53 @@ class Work:
     dtype: np.dtype[Any]
     apply: Apply | None
     result: BlockShape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        apply = None if self.apply is None else _send(self.apply)
+        return Work, (self.reader, self.length, self.window_shape, self.dtype, apply, self.result)
+
+
+@dataclass(frozen=True, slots=True)
+class SentApply:
+    """An `apply` that came from another process, or through Dask: opened where it is called, not on the scheduler."""
+
+    code: bytes
+    """As cloudpickle gives it, which sends the code of modules that were registered for it: Dask would name a module
+    that a worker elsewhere need not have."""
+
+    def __call__(self, block: NDArray[Any]) -> NDArray[Any]:
+        """Call the function, one object for all tasks of a process, so that what it remembers it remembers."""
+        import cloudpickle
+
+        function = _opened.get(self.code)
+        if function is None:
+            function = _remember(self.code, cloudpickle.loads(self.code))
+        return function(block)
+
+
+_opened: dict[bytes, Apply] = {}
+"""Functions of the last few runs, by their code: in the process that sent them, the very ones."""
+_MOST_OPENED = 4
+
+
+def _send(apply: Apply) -> Apply:
+    if isinstance(apply, SentApply):
+        return apply
+    import cloudpickle
+
+    try:
+        sent = SentApply(cloudpickle.dumps(apply))
+    except Exception:  # noqa: BLE001 (what is pickled raises what it likes)
+        # Within this process its name may do.
+        return apply
+    _remember(sent.code, apply)
+    return sent
+
+
+def _remember(code: bytes, apply: Apply) -> Apply:
+    for other in list(_opened)[:-_MOST_OPENED]:
+        _opened.pop(other, None)
+    return _opened.setdefault(code, apply)
 
 
 def prepare_work(plan: Plan, apply: Apply | None) -> Work:
@@ -191,6 +252,29 @@ def read_windows(work: Work, task: Task, out: NDArray[Any], places: NDArray[np.i
     return Receipt(task.number, len(places), reading.nbytes, seconds - reading.decode_seconds, reading.decode_seconds)
 
 
+def read_slabs(work: Work, task: Task) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], Receipt]]:
+    """Read a task's windows in parts, for who copies them on: each a block, good until the next, and their numbers.
+
+    One part where that is not so cheap: chunks that are decoded may be touched by several, and a store should be asked
+    for all at once.
+    """
+    if not isinstance(work.reader, DirectReader):
+        block, receipt = make_block(work, task)
+        yield block, np.arange(len(block)), receipt
+        return
+    slabs = work.reader.read_slabs(task.starts, work.length, work.window_shape[1:], work.dtype)
+    while True:
+        begin = time.perf_counter()
+        try:
+            slab = next(slabs, None)
+        except PipelineError as error:
+            raise _name_task(error, task) from error.__cause__
+        if slab is None:
+            return
+        seconds = time.perf_counter() - begin
+        yield slab.block, slab.numbers, Receipt(task.number, len(slab.numbers), slab.nbytes_read, seconds)
+
+
 def make_block(work: Work, task: Task) -> tuple[NDArray[Any], Receipt]:
     """Read a task's windows into a block of their own, and apply: (k, *work.result.shape) of `work.result.dtype`."""
     block = np.empty((len(task.starts), *work.window_shape), work.dtype)
@@ -265,7 +349,7 @@ def build_tasks(plan: Plan, *, apply: Apply | None = None, order: Order = "chunk
     (array([1, 0]), (2, 16, 2))
     """
     work = prepare_work(plan, apply)
-    return name_tasks("windows", return_block, ((work, task) for task in plan.tasks(check_order(order))))
+    return list(name_tasks("windows", return_block, ((work, task) for task in plan.tasks(check_order(order)))))
 
 
 def check_order(order: str) -> Order:
@@ -283,11 +367,26 @@ def call_task[**P, T](function: Callable[P, T], *arguments: P.args, **keywords: 
     With them Dask would deliver a bare `Exception` in place of the failure, which then has lost its exit code.
     """
     try:
-        return function(*arguments, **keywords)
+        made = function(*arguments, **keywords)
     except PipelineError as error:
         if not _causes_travel(error):
             error.__cause__ = error.__context__ = None
         raise
+    _meter_stages(made)
+    return made
+
+
+def _meter_stages(made: Any) -> None:
+    """Tell Dask's fine performance metrics how long a task took for each of its stages."""
+    parts = made if isinstance(made, tuple) else (made, getattr(made, "receipt", None))
+    receipt = next((each for each in parts if isinstance(each, Receipt)), None)
+    if receipt is None or "distributed" not in sys.modules:
+        return
+    from distributed.metrics import context_meter
+
+    for stage in ("read", "decode", "apply", "write"):
+        if seconds := getattr(receipt, f"{stage}_seconds"):
+            context_meter.digest_metric(stage, seconds, "seconds")
 
 
 def _causes_travel(error: BaseException) -> bool:
@@ -308,14 +407,15 @@ def _causes_travel(error: BaseException) -> bool:
     return True
 
 
-def name_tasks(stage: str, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Delayed]:
-    """Make a Delayed for each tuple of arguments; their keys put them in one row of the dashboard, named by stage."""
+def name_tasks(stage: str, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Delayed]:
+    """Make a Delayed of each tuple of arguments when it is asked for.
+
+    Their keys put them in one row of the dashboard, named by stage.
+    """
     run = uuid.uuid4().hex[:8]
-    # Dask looks through the arguments of a call for what it should compute first, and takes dataclasses apart for it,
-    # a millisecond each: bound to the function beforehand they stay whole.
-    return [
-        delayed(partial(call_task, function, *each), name=f"{stage}-call-{run}-{number}", pure=False, traverse=False)(
-            dask_key_name=(f"{stage}-{run}", number)
-        )
-        for number, each in enumerate(arguments)
-    ]
+    for number, each in enumerate(arguments):
+        # Dask looks through the arguments of a call for what it should compute first, and takes dataclasses apart for
+        # it, a millisecond each: bound to the function beforehand they stay whole.
+        call = partial(call_task, function, *each)
+        made = delayed(call, name=f"{stage}-call-{run}-{number}", pure=False, traverse=False)
+        yield made(dask_key_name=(f"{stage}-{run}", number))

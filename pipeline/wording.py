@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.locations import Url
 from pipeline.report import STAGES, name_limit, share_seconds
 from pipeline.sizes import count_of, format_size
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from pipeline.collect import Gathering
     from pipeline.create import Creation
+    from pipeline.locations import Location
     from pipeline.matrix import Matrix
     from pipeline.report import Watch
     from pipeline.writeback import Storing
@@ -47,7 +49,7 @@ class Measures(NamedTuple):
 
 def report_dry_run(creation: Creation) -> Report:
     """Say what making a matrix would cost."""
-    free = _free_nbytes(creation.dest.parent)
+    free = _free_nbytes(creation.dest)
     numbers = {
         "nbytes_read": creation.nbytes_read,
         "nbytes_written": creation.nbytes_written,
@@ -56,7 +58,7 @@ def report_dry_run(creation: Creation) -> Report:
         "task_nbytes": creation.task_nbytes,
         "disk_free": free,
     }
-    return creation.facts() | {"disk": f"{format_size(free)} free"}, numbers
+    return creation.facts() | {"disk": _say_free(free)}, numbers
 
 
 def report_creation(matrix: Matrix, watch: Watch, measures: Measures) -> Report:
@@ -134,6 +136,7 @@ def report_plan(sink: Gathering | Storing) -> Report:
                 "nbytes_read": cost.nbytes_read,
                 "amplification": cost.amplification,
                 "spans": cost.scratch_nbytes > 0,
+                "requests": cost.requests,
             }
             for cost in (planned.chunk, planned.request)
         },
@@ -142,10 +145,10 @@ def report_plan(sink: Gathering | Storing) -> Report:
         "disk_needed": 0,
     }
     facts = planned.facts() | {"this run": f"order {sink.cost.order}", "peak memory": f"about {format_size(peak)}"}
-    if isinstance(sink.out, Path):
-        free = _free_nbytes(sink.out.parent)
+    if isinstance(sink.out, Path | Url):
+        free = _free_nbytes(sink.out)
         numbers |= {"disk_needed": sink.nbytes, "disk_free": free}
-        facts["disk"] = f"{format_size(sink.nbytes)} for {sink.out}; {format_size(free)} free"
+        facts["disk"] = f"{format_size(sink.nbytes)} for {sink.out}; {_say_free(free)}"
     else:
         facts["disk"] = "none: the array is not kept; name a file with --out"
     return facts, numbers
@@ -220,6 +223,7 @@ def add_measures(report: Report, watch: Watch, measures: Measures) -> Report:
     numbers = {
         **numbers,
         "tasks": watch.done_tasks,
+        "retries": watch.retries,
         **_seconds(watch, measures),
         **_resources(watch.nbytes_read, measures),
     }
@@ -248,7 +252,12 @@ def align_facts(facts: dict[str, str]) -> str:
 
 
 def _tasks(watch: Watch) -> dict[str, Any]:
-    return {"tasks": watch.done_tasks, "tasks_kept": watch.kept_tasks, "finished_before": watch.tasks == 0}
+    return {
+        "tasks": watch.done_tasks,
+        "tasks_kept": watch.kept_tasks,
+        "retries": watch.retries,
+        "finished_before": watch.tasks == 0,
+    }
 
 
 def _seconds(watch: Watch, measures: Measures) -> dict[str, float]:
@@ -286,14 +295,20 @@ def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
     stages = {"open and plan": "plan", "start the cluster": "startup", "work": "work"}
     clock = ", ".join(f"{word} {numbers[f'{key}_seconds']:.2f}" for word, key in stages.items())
     tasks = ", ".join(f"{stage} {numbers[f'{stage}_seconds']:.2f}" for stage in STAGES)
+    again = f", {numbers['retries']:,} run again" if numbers["retries"] else ""
     return {
         "seconds": f"{numbers['seconds']:.2f}: {clock}",
-        "in tasks": f"{count_of(numbers['tasks'], 'task')}, summed seconds: {tasks}",
+        "in tasks": f"{count_of(numbers['tasks'], 'task')}{again}, summed seconds: {tasks}",
         "rate": f"{numbers['bytes_per_second'] / 1e6:,.0f} MB/s",
         "peak memory": format_size(numbers["peak_memory"]),
         "dashboard": f"{numbers['dashboard'] or 'none'} while it ran",
     }
 
 
-def _free_nbytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+def _free_nbytes(location: Location) -> int | None:
+    """Room where an output goes; None on an object store."""
+    return shutil.disk_usage(location.parent).free if isinstance(location, Path) else None
+
+
+def _say_free(free: int | None) -> str:
+    return "object stores do not tell what is free" if free is None else f"{format_size(free)} free"

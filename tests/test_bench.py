@@ -30,6 +30,7 @@ TINY = {
         replace(scenarios.SCENARIOS["compressed"][1], rows=9000, columns=20, count=60),
         replace(scenarios.SCENARIOS["store"][0], rows=3000, columns=40, count=60),
         replace(scenarios.SCENARIOS["create"][0], rows=3000, columns=40, count=60),
+        replace(scenarios.SCENARIOS["clusters"][0], rows=3000, columns=40, count=60),
     )
 }
 LINEUP = {each.key: each for each in lineup.LINEUP}
@@ -85,7 +86,7 @@ def fitting():
     """Each scenario with each contender that is meant for it, installed or not."""
     for name, key in itertools.product(TINY, LINEUP):
         reason = LINEUP[key].why_not(compressed=name.startswith("compressed"))
-        if LINEUP[key].task != TINY[name].task:
+        if TINY[name].task not in LINEUP[key].tasks:
             continue
         if reason is None or reason.startswith("not installed"):
             yield name, key
@@ -168,7 +169,7 @@ def test_worker_process_says_one_json_object(jobs, tmp_path):
         "contender": "ours_cluster",
         "cold": False,
         "limit": 60,
-        "cluster": None,
+        "where": {},
     }
     command = [sys.executable, "-P", "-m", "pipeline.bench.worker"]
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -189,7 +190,7 @@ def run_faked(monkeypatch, answers, *, count=3, copied=True):
         folder = Path(name)
         if copied:
             (folder / "plain.zarr").mkdir()
-        settings = {"rounds": count, "cold": False, "limit": 9, "cluster": None, "say": lambda _: None}
+        settings = {"rounds": count, "cold": False, "limit": 9, "where": {}, "say": lambda _: None}
         return rounds.run_rounds(TINY["seed"], folder, **settings), calls
 
 
@@ -200,7 +201,7 @@ def timed(*seconds):
 def test_rounds_are_interleaved_and_the_first_is_thrown_away(monkeypatch):
     answers = {"ours_cluster": timed(100, 1, 2, 4), "h5py_preallocated": timed(100, 3, 4, 40)}
     table, calls = run_faked(monkeypatch, answers)
-    once = [each.key for each in lineup.LINEUP if each.task == "gather" and not each.why_not(compressed=False)]
+    once = [each.key for each in lineup.LINEUP if "gather" in each.tasks and not each.why_not(compressed=False)]
     assert calls == once * 4
     score = next(score for score in table.scores if score.contender.key == "h5py_preallocated")
     assert list(score.seconds.values()) == [3, 4, 40]
@@ -271,7 +272,7 @@ def test_a_worker_that_dies_is_a_score(tmp_path):
 def test_too_large_for_memory(monkeypatch):
     huge = replace(TINY["seed"], count=10**12)
     with pytest.raises(BudgetError, match="three results fit in memory"):
-        rounds.run_rounds(huge, Path(), rounds=1, cold=False, limit=1, cluster=None, say=print)
+        rounds.run_rounds(huge, Path(), rounds=1, cold=False, limit=1, where={}, say=print)
 
 
 def test_sizes():

@@ -38,17 +38,23 @@ class Contender:
     """Which files are warmed up or dropped for it; `either`: the HDF5 file, or Zarr where there is none."""
     needs: tuple[str, ...] = ()
     """Packages of others, loaded before the clock starts."""
-    task: Task = "gather"
+    tasks: tuple[Task, ...] = ("gather",)
     """Scenarios of which it takes part in."""
 
-    def why_not(self, *, compressed: bool, copied: bool = True) -> str | None:
-        """Say why it takes no part; None if it does. `copied`: whether the peers' copy in Zarr is there."""
+    def why_not(self, *, compressed: bool, copied: bool = True, named: bool = True) -> str | None:
+        """Say why it takes no part; None if it does.
+
+        `copied`: whether the peers' copy in Zarr is there; `named`: whether a cluster was, beside those of the
+        scenario.
+        """
         if compressed and self.reads == "hdf5":
             return "reads plain files; these are compressed"
         if not compressed and self.key == "limit_decode":
             return "for compressed chunks"
         if not copied and self.reads == "zarr":
             return "no room on the disk for another copy of the matrix"
+        if not named and self.key == "ours_cluster":
+            return "no --cluster FILE was given"
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 
@@ -69,15 +75,20 @@ LINEUP = (
     Contender("tensorstore_index", "tensorstore, index array", "peer", "zarr", ("tensorstore",)),
     Contender("zarrs_threads", "zarrs, loop on threads", "peer", "zarr", ("zarrs",)),
     Contender("zarrs_oindex", "zarrs, oindex", "peer", "zarr", ("zarrs",)),
-    Contender("ours_threads", "this project, threads", "ours", "matrix", ("zarr", "dask")),
-    Contender("ours_cluster", "this project, cluster", "ours", "matrix", ("zarr", "distributed")),
+    Contender("ours_threads", "this project, threads", "ours", "matrix", ("zarr", "dask"), ("gather", "clusters")),
+    Contender(
+        "ours_cluster", "this project, cluster", "ours", "matrix", ("zarr", "distributed"), ("gather", "clusters")
+    ),
     Contender("limit_storage", "storage: bare preadv", "limit", "hdf5", ("h5py",)),
     Contender("limit_decode", "decode each chunk once", "limit", "zarr"),
     Contender("limit_memory", "memory: write the output", "limit", "nothing"),
-    Contender("ours_store", "this project, store", "ours", "matrix", ("zarr", "distributed"), "store"),
-    Contender("limit_store", "bare preadv, then one write", "limit", "hdf5", ("h5py",), "store"),
-    Contender("copy_file", "cp, then sync", "peer", "hdf5", ("h5py",), "create"),
-    Contender("ours_create", "this project, create", "ours", "hdf5", ("zarr", "distributed", "h5py"), "create"),
+    Contender("ours_store", "this project, store", "ours", "matrix", ("zarr", "distributed"), ("store",)),
+    Contender("limit_store", "bare preadv, then one write", "limit", "hdf5", ("h5py",), ("store",)),
+    Contender("copy_file", "cp, then sync", "peer", "hdf5", ("h5py",), ("create",)),
+    Contender("ours_create", "this project, create", "ours", "hdf5", ("zarr", "distributed", "h5py"), ("create",)),
+    Contender("ours_tls", "this project, 2 over TLS", "ours", "matrix", ("cryptography", "distributed"), ("clusters",)),
+    Contender("ours_processes", "this project, 2 processes", "ours", "matrix", ("zarr", "distributed"), ("clusters",)),
+    Contender("ours_in_process", "this project, in process", "ours", "matrix", ("zarr", "distributed"), ("clusters",)),
 )
 """The last of kind `ours` in a scenario is whom ratios are taken against."""
 

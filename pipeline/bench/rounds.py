@@ -30,6 +30,8 @@ _COPIES = 3
 """Results that a contender holds at most: its list of windows, the result, and what a check takes."""
 _GRACE_SECONDS = 1800
 """For all that is not timed: imports, reading the files once, the check."""
+_PATHS = ("cluster", "scheduler_file")
+"""Keywords of `connect` that a process in another folder would not find."""
 
 
 @dataclass(slots=True)
@@ -124,7 +126,7 @@ def run_rounds(
     rounds: int,
     cold: bool,
     limit: float,
-    cluster: str | None,
+    where: dict[str, Any],
     say: Callable[[str], None],
 ) -> Table:
     """Let every contender read once a round, one after the other, and throw the first round away.
@@ -137,8 +139,8 @@ def run_rounds(
         Rounds that count.
     limit
         Seconds after which a contender is stopped, and left out of the rounds that follow.
-    cluster
-        Cluster file of the contender that runs on one.
+    where
+        Keywords of `connect` for the contender that runs on a cluster.
     say
         Gets a line for each round.
 
@@ -154,15 +156,17 @@ def run_rounds(
             f"{allowed.source} allows {format_size(allowed.nbytes)}; give fewer --rows"
         )
     scores = []
-    for contender in (each for each in LINEUP if each.task == scenario.task):
-        reason = contender.why_not(compressed=scenario.compressed, copied=scenario.job(folder).zarr.exists())
+    copied = scenario.job(folder).zarr.exists()
+    named = bool(where) or scenario.task != "clusters"
+    for contender in (each for each in LINEUP if scenario.task in each.tasks):
+        reason = contender.why_not(compressed=scenario.compressed, copied=copied, named=named)
         scores.append(Score(contender, "skipped", reason) if reason else Score(contender))
     order = {
         "scenario": asdict(scenario) | {"dtype": scenario.dtype.str},
         "folder": str(folder),
         "cold": cold,
         "limit": limit,
-        "cluster": None if cluster is None else str(Path(cluster).absolute()),
+        "where": {key: str(Path(value).absolute()) if key in _PATHS else value for key, value in where.items()},
     }
     for number in range(rounds + 1):
         say(

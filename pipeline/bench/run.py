@@ -23,7 +23,7 @@ def run_bench(
     cold: bool,
     limit: float,
     plot: Path | None,
-    cluster: str | None,
+    where: dict[str, Any],
     say: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     """Run a scenario, and return words for a person and numbers for a program.
@@ -36,7 +36,7 @@ def run_bench(
         `seed`, `compressed` or `small`.
     rows
         Rows of the matrix; None: the scenario's own.
-    rounds, cold, limit, cluster
+    rounds, cold, limit, where
         As `run_rounds` takes them.
     plot
         Picture to write, one panel a table; its suffix is one that matplotlib knows.
@@ -54,8 +54,8 @@ def run_bench(
     """
     if plot is not None:
         _check_plot(plot)
-    if cluster is not None and not Path(cluster).exists():
-        raise NotFoundError(f"a named cluster file is there; nothing is at {cluster}; check the path")
+    if "cluster" in where and not Path(where["cluster"]).exists():
+        raise NotFoundError(f"a named cluster file is there; nothing is at {where['cluster']}; check the path")
     chosen = choose_scenarios(scenario, rows)
     if importlib.util.find_spec("h5py") is None and not all(each.compressed for each in chosen):
         raise InputError(
@@ -66,7 +66,7 @@ def run_bench(
     for each in chosen:
         made = each.make_files(folder, say)
         home = made.zarr.parent
-        table = run_rounds(each, home, rounds=rounds, cold=cold, limit=limit, cluster=cluster, say=say)
+        table = run_rounds(each, home, rounds=rounds, cold=cold, limit=limit, where=where, say=say)
         check_ours(table)
         tables.append(table)
     machine = machine_facts()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Values = Literal["counted", "smooth"]
-Task = Literal["gather", "store", "create"]
+Task = Literal["gather", "store", "create", "clusters"]
 
 _FUSED_PIPELINE = "zarr.core.codec_pipeline.FusedCodecPipeline"
 _STEP_NBYTES = 16 * MIB
@@ -52,7 +52,8 @@ class Scenario:
     compressed: bool
     """Whether the one Zarr is compressed and all contenders read it; else there are an HDF5 file and two of Zarr."""
     task: Task = "gather"
-    """What is timed: windows into an array, or into a file that is flushed; or a copy of the HDF5 file, flushed."""
+    """What is timed: windows into an array, by all, or by this project on several clusters; into a file that is
+    flushed; or a copy of the HDF5 file, flushed."""
 
     @property
     def nbytes(self) -> int:
@@ -187,8 +188,8 @@ class Job:
     """Zarr array without checksums, for the peers; absent where the disk did not hold it."""
     matrix: Path
     """Zarr array as this package's `create` writes it; the peers' where the scenario is compressed."""
-    cluster: str | None = None
-    """Cluster file of the contender that runs on one."""
+    where: dict[str, Any] = field(default_factory=dict)
+    """Keywords of `connect` for the contender that runs on a cluster."""
     folder: Path | None = None
     """See `scratch`."""
 
@@ -270,9 +271,10 @@ SCENARIOS = {
     "small": (_SMALL,),
     "store": (replace(_SEED, name="store", task="store"),),
     "create": (replace(_SEED, name="create", task="create"),),
+    "clusters": (replace(_SEED, name="clusters", task="clusters"),),
 }
 """At full size, by the name that the command line takes."""
-_DEFAULT_ROWS = {"seed": 125_000, "store": 125_000, "create": 125_000}
+_DEFAULT_ROWS = {"seed": 125_000, "store": 125_000, "create": 125_000, "clusters": 125_000}
 
 
 def choose_scenarios(name: str, rows: int | None) -> tuple[Scenario, ...]:

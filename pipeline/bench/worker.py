@@ -35,7 +35,7 @@ def main() -> None:
     order = json.loads(sys.stdin.read())
     scenario = Scenario(**order["scenario"] | {"dtype": np.dtype(order["scenario"]["dtype"])})
     made = scenario.job(Path(order["folder"]))
-    job = Job(scenario, made.hdf5, made.zarr, made.matrix, order["cluster"])
+    job = Job(scenario, made.hdf5, made.zarr, made.matrix, order["where"])
     _tell(run_once(contender(order["contender"]), job, cold=order["cold"], limit=order["limit"], over=_give_up))
 
 
@@ -68,7 +68,7 @@ def run_once(who: Contender, job: Job, *, cold: bool, limit: float, over: Callab
         if hasattr(module, "session"):
             session.enter_context(module.session(job))
         # Much is imported, compiled or started at the first use: one window, alike for all, before the clock.
-        if who.task != "create":
+        if job.scenario.task != "create":
             module.read(job, starts[:1])
         # A virtual machine gets its memory at the first touch, which can cost seconds, and gives it back soon: touch
         # what the result and one copy of it take, and let go of it as the clock starts, alike for all. Pages come

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @contextmanager
 def session(job: Job) -> Iterator[None]:
     """Hold the cluster open around the clock: it serves many requests."""
-    with connect(job.cluster):
+    with connect(**job.where):
         yield
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @contextmanager
 def session(job: Job) -> Iterator[None]:
     """Hold the cluster open around the clock."""
-    with connect(job.cluster):
+    with connect(**job.where):
         # Much is imported at the first use.
         create_matrix("random:64x8", job.scratch() / "first.zarr")
         yield

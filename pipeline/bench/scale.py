@@ -1,0 +1,189 @@
+"""Many tasks on many workers that do nothing: what Dask itself costs, `python -m pipeline.bench.scale --help`.
+
+Scheduler and workers run in processes of their own, over TCP on loopback; a run's own plan, tasks and submission are
+used, in which a function that reads nothing stands in for the reader. Workers share a few processes, so that a machine
+of two cores holds a thousand; hence the seconds of processor time of each part count, and not the clock alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import distributed
+
+from pipeline.matrix import open_matrix
+from pipeline.plan import Plan, plan_windows
+from pipeline.runs import run_tasks
+from pipeline.starts import draw_starts
+from pipeline.tasks import Receipt, Work, name_tasks, prepare_work
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pipeline.plan import Task
+
+_ROWS, _COLUMNS, _LENGTH = 2_000_000, 2_000, 16
+_WORKERS_A_PROCESS = 250
+_START_SECONDS = 300
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What processes have used so far."""
+
+    seconds: float
+    """Of processor time."""
+    nbytes: int
+    """Anonymous memory."""
+
+
+def simulate_run(tasks: int, *, workers: int, task_windows: int) -> dict[str, Any]:
+    """Run tasks that read nothing, and measure what each part of the cluster takes for one.
+
+    Parameters
+    ----------
+    tasks
+        How many.
+    workers
+        Of one thread each.
+    task_windows
+        Windows of a task, whose starts and places travel with it.
+
+    Returns
+    -------
+    dict
+        Numbers: seconds by the clock and of processor time, bytes by which memory has grown; the latter two for the
+        client, the scheduler and all workers together.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        plan = _plan_nothing(folder, tasks * task_windows)
+        work = prepare_work(plan, None)
+        scheduler, address = stack.enter_context(_started(folder, "scheduler"))
+        groups = [min(_WORKERS_A_PROCESS, workers - first) for first in range(0, workers, _WORKERS_A_PROCESS)]
+        started = [stack.enter_context(_started(folder, "workers", address, str(each)))[0] for each in groups]
+        client = stack.enter_context(distributed.Client(address, set_as_default=True))
+        client.wait_for_workers(workers, timeout=_START_SECONDS)
+        parts = {"client": [os.getpid()], "scheduler": [scheduler], "workers": started}
+        before = {name: _measure(pids) for name, pids in parts.items()}
+        begin = time.perf_counter()
+        first = 0.0
+        for done, _ in enumerate(_run_nothing(plan, work, task_windows)):
+            first = first if done else time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        after = {name: _measure(pids) for name, pids in parts.items()}
+    used = {name: after[name].seconds - before[name].seconds for name in parts}
+    return {
+        "tasks": tasks,
+        "workers": workers,
+        "windows": len(plan),
+        "seconds": seconds,
+        "first_seconds": first,
+        "tasks_per_second": tasks / seconds,
+        "processor_seconds": used,
+        # The scheduler runs on one core.
+        "most_tasks_per_second": tasks / used["scheduler"],
+        "grown": {name: after[name].nbytes - before[name].nbytes for name in parts},
+    }
+
+
+def read_nothing(work: Work, task: Task) -> Receipt:
+    """Stand in for a task that reads."""
+    del work
+    return Receipt(task.number, len(task.starts), 0, 0.0)
+
+
+def _plan_nothing(folder: Path, windows: int) -> Plan:
+    """Plan windows of a matrix of the seed's shape, in a file that is all hole."""
+    with (folder / "A.bin").open("wb") as file:
+        file.truncate(_ROWS * _COLUMNS * 8)
+    matrix = open_matrix(folder / "A.bin", dtype="float64", row_shape=(_COLUMNS,))
+    return plan_windows(matrix, draw_starts(_ROWS, length=_LENGTH, count=windows, seed=0), length=_LENGTH)
+
+
+def _run_nothing(plan: Plan, work: Work, task_windows: int) -> Iterator[Any]:
+    named = name_tasks("read", read_nothing, ((work, task) for task in plan.tasks("chunk", windows=task_windows)))
+    return run_tasks(named, at_once=sys.maxsize, span=("pipeline", "simulate"))
+
+
+@contextmanager
+def _started(folder: Path, *words: str) -> Iterator[tuple[int, str]]:
+    """Start a part of the cluster, with scratch in a folder; yield its process and what it says when it is up."""
+    line = [sys.executable, "-m", "pipeline.bench.scale", *words]
+    settings = {"DASK_LOGGING__DISTRIBUTED": "critical", "DASK_TEMPORARY_DIRECTORY": str(folder)}
+    with subprocess.Popen(  # noqa: S603 (this module)
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield process.pid, process.stdout.readline().strip()
+        finally:
+            # It ends with its input, also where this process is killed.
+            process.stdin.close()
+            process.wait()
+
+
+def _measure(pids: list[int]) -> Usage:
+    seconds, nbytes = 0.0, 0
+    for pid in pids:
+        # The name, in brackets, may hold spaces.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / _TICKS
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        nbytes += sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+    return Usage(seconds, nbytes)
+
+
+async def _serve_scheduler() -> None:
+    settings = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    async with distributed.Scheduler(**settings) as scheduler:
+        print(scheduler.address, flush=True)  # noqa: T201 (read by `_started`)
+        await _until_input_ends()
+        await scheduler.close()
+
+
+async def _serve_workers(address: str, count: int) -> None:
+    settings = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "dashboard": False}
+    workers = [distributed.Worker(address, **settings) for _ in range(count)]
+    await asyncio.gather(*(each.start() for each in workers))
+    print(count, flush=True)  # noqa: T201 (read by `_started`)
+    await _until_input_ends()
+    await asyncio.gather(*(each.close(timeout=1, nanny=False) for each in workers), return_exceptions=True)
+
+
+async def _until_input_ends() -> None:
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
+def main() -> None:
+    """Simulate a run, or be a part of one; print its numbers as JSON."""
+    if sys.argv[1:2] == ["scheduler"]:
+        asyncio.run(_serve_scheduler())
+        return
+    if sys.argv[1:2] == ["workers"]:
+        asyncio.run(_serve_workers(sys.argv[2], int(sys.argv[3])))
+        return
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench.scale", description=__doc__)
+    parser.add_argument("--tasks", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=100)
+    parser.add_argument("--windows", type=int, default=100, help="Of a task.")
+    given = parser.parse_args()
+    numbers = simulate_run(given.tasks, workers=given.workers, task_windows=given.windows)
+    print(json.dumps(numbers, indent=1))  # noqa: T201 (the command line of this module)
+
+
+if __name__ == "__main__":
+    main()

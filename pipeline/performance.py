@@ -1,0 +1,129 @@
+"""Dask's performance report of a run: one HTML file, complete in itself."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import sys
+import time
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.capacity import active_client
+from pipeline.errors import InputError, OpenError, OutputExistsError
+from pipeline.staging import check_apart
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_MARK = '<meta name="generator" content="random-windows">'
+"""Says that we wrote it, so that another run may replace it."""
+_MARK_WITHIN = 1024
+_REMOTE = re.compile(r'\s*<link\b[^>]*\bhref="(?:https?:)?//[^>]*>')
+"""What Dask's page would load from the network: its icon."""
+_SECRET = re.compile(r"(?<=://)[^/@\s]+@")
+_SECONDS = 120
+"""How long the scheduler may take for it; 20,000 tasks take it a second, and 5 MB."""
+
+
+def check_report(path: str, inputs: Iterable[str | Path]) -> Path:
+    """Return where a report goes, before a run begins.
+
+    Parameters
+    ----------
+    inputs
+        Files and folders that it must lie apart from.
+
+    Raises
+    ------
+    InputError
+        If it is not named .html.
+    OpenError
+        If its folder is absent, or cannot be written.
+    OutputExistsError
+        If something is there that is no report of ours, or if it lies inside of what is read or written.
+    """
+    place = Path(path).absolute()
+    if place.suffix not in (".html", ".htm"):
+        raise InputError(f"a performance report is a web page; got {path}; name it .html")
+    if not place.parent.is_dir():
+        raise OpenError(f"a performance report goes into a folder that is there; {place.parent} is not; make it first")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise OpenError(
+            f"a performance report goes into a folder that can be written; {place.parent} cannot; change its mode"
+        )
+    if os.path.lexists(place) and not _is_ours(place):
+        raise OutputExistsError(f"only a performance report of ours is replaced; {path} is none; name another")
+    check_apart(place, inputs)
+    return place
+
+
+@contextmanager
+def performance_report(path: Path | None) -> Iterator[None]:
+    """Save a report of what the active client's cluster does in the block, also where that fails.
+
+    It appears when it is complete, in place of an earlier one. A report that cannot be had is told of on stderr, and
+    fails nothing: the run's own output is what counts. An interrupted run has none, so that it ends at once.
+
+    Parameters
+    ----------
+    path
+        As `check_report` gives it; None: no report.
+    """
+    client = active_client()
+    if path is None or client is None:
+        yield
+        return
+    begin = time.time()
+    try:
+        count = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.monitor.count)
+        # From now on the scheduler keeps what its tasks do.
+        client.get_task_stream(start=0, stop=0)
+    except Exception as error:  # noqa: BLE001 (a scheduler answers what it likes)
+        _complain(path, error)
+        yield
+        return
+    try:
+        yield
+    except Exception:
+        _save(client, path, begin, count)
+        raise
+    _save(client, path, begin, count)
+
+
+def _save(client: Any, path: Path, begin: float, count: int) -> None:
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        page = client.sync(
+            client.scheduler.performance_report,
+            start=begin,
+            last_count=count,
+            code=html.escape(_SECRET.sub("", " ".join(["pipeline", *sys.argv[1:]]))),
+            mode="inline",
+            callback_timeout=_SECONDS,
+        )
+        page = _REMOTE.sub("", page).replace("<head>", f"<head>\n    {_MARK}", 1)
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+    except Exception as error:  # noqa: BLE001 (see `performance_report`)
+        _complain(path, error)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _complain(path: Path, error: Exception) -> None:
+    words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    sys.stderr.write(f"no performance report in {path}: {words}\n")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return _MARK.encode() in file.read(_MARK_WITHIN)
+    except OSError:
+        return False
