@@ -77,7 +77,7 @@ def draw_starts(
     if count * _DRAWN_NBYTES > allowed.nbytes:
         raise BudgetError(
             f"starts fit in memory; {count} of them take {format_size(count * _DRAWN_NBYTES)}, {allowed.source} allows "
-            f"{format_size(allowed.nbytes)}; draw fewer at a time"
+            f"{format_size(allowed.nbytes)}; draw and run them in parts, each with a seed and an output of its own"
         )
     if length > rows:
         raise InputError(f"a window lies inside the matrix; got length {length} for {rows} rows; give 1 to {rows}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -16,8 +17,19 @@ import pytest
 
 import pipeline
 from pipeline import cli as command
+from tests import services
+from tests.proxy import Proxy, proxied
 
 ROWS, COLUMNS = 2_000, 20
+
+# Over SSH, and in a batch job, `connect` says a line more.
+for _name in ("SSH_CONNECTION", "SLURM_SUBMIT_HOST", "PBS_O_HOST", "SGE_O_HOST", "LSB_SUB_HOST"):
+    os.environ.pop(_name, None)
+
+
+def pytest_configure():
+    """End in order when terminated, as by a CI that gives up: services that were started end with their fixtures."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
 @dataclass(frozen=True)
@@ -81,3 +93,69 @@ def cli(tmp_path, monkeypatch, capsys):
 def program():
     """Path of the installed console script."""
     return str(Path(sys.executable).with_name("pipeline"))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """An empty bucket of a real S3 service, behind a proxy of its own."""
+
+    url: str
+    """Such as `s3://b1`; the environment says where it is."""
+    proxy: Proxy
+    """Counts requests and bytes, and makes trouble; see `tests/proxy.py`."""
+    endpoint: str
+    """The service itself, past the proxy."""
+
+
+@pytest.fixture(scope="session")
+def tls_service(tmp_path_factory):
+    """The cluster file of a scheduler and two workers; skips where it cannot be had, as the following do."""
+    pytest.importorskip("cryptography")
+    from pipeline.bench.contenders.ours_tls import tls_cluster
+
+    with tls_cluster(tmp_path_factory.mktemp("tls")) as file:
+        yield file
+
+
+@pytest.fixture(scope="session")
+def ssh_service(tmp_path_factory):
+    """`SshHosts`."""
+    if reason := services.absent_ssh():
+        pytest.skip(reason)
+    with services.ssh_server(tmp_path_factory.mktemp("ssh")) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="session")
+def slurm_service(tmp_path_factory):
+    """A Slurm of two nodes, which the environment names."""
+    if reason := services.absent_slurm():
+        pytest.skip(reason)
+    with services.slurm_nodes(tmp_path_factory.mktemp("slurm")) as variables, pytest.MonkeyPatch.context() as patch:
+        for variable, value in variables.items():
+            patch.setenv(variable, value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory):
+    if reason := services.absent_s3():
+        pytest.skip(reason)
+    with services.s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+_bucket_numbers = itertools.count()
+
+
+@pytest.fixture
+def bucket(s3_endpoint, monkeypatch):
+    """A `Bucket`; skips where there is no S3 service to be had. Mark such a test `s3`."""
+    name = f"bucket-{next(_bucket_numbers)}"
+    services.make_bucket(s3_endpoint, name)
+    for variable in [each for each in os.environ if each.startswith("AWS_")]:
+        monkeypatch.delenv(variable)
+    with proxied(s3_endpoint) as proxy:
+        for variable, value in services.s3_variables(proxy.url).items():
+            monkeypatch.setenv(variable, value)
+        yield Bucket(f"s3://{name}", proxy, s3_endpoint)
