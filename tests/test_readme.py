@@ -43,13 +43,14 @@ def lines(block):
 
 
 def steps(words):
-    """Commands that `&&` joins, without `uv run`."""
+    """Commands that `&&` joins, without `uv run` and `exec`."""
     found = [[]]
     for word in words:
         if word == "&&":
             found.append([])
         else:
             found[-1].append(word)
+    found = [step[1:] if step[0] == "exec" else step for step in found]
     return [step[2:] if step[:2] == ["uv", "run"] else step for step in found]
 
 
