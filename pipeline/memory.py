@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Self
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    import mmap
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sized
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?) *(?P<unit>(?:[kmgtp]i?)?b?)", re.IGNORECASE)
 _EXPONENT = {letter: power for power, letter in enumerate("kmgtp", start=1)}
@@ -108,8 +107,8 @@ def _held_nbytes(proc: Path) -> int:
     return held + _shared_nbytes()
 
 
-_shared: dict[int, tuple[int, int]] = {}
-"""By the id of a map of memory that processes share: its descriptor, -1 once closed; bytes of the map."""
+_shared: dict[int, tuple[list[int], int]] = {}
+"""By the id of a map of memory that processes share: its descriptors, none once closed; bytes of the map."""
 _sharing = threading.RLock()
 
 
@@ -123,36 +122,38 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_shared)
 
 
-def count_shared(mapped: mmap.mmap, fd: int) -> Callable[[], None]:
+def count_shared(mapped: Sized, fds: list[int]) -> Callable[[], None]:
     """Count memory that others write into, too, once, whoever maps it: the pages that are written, later all of it.
 
     Parameters
     ----------
     mapped
         It counts until nobody uses this any more.
-    fd
-        Descriptor of the memory. The function that is returned is called before it is closed.
+    fds
+        Descriptors of the memory. The function that is returned is called before they are closed.
     """
     key, nbytes = id(mapped), len(mapped)
 
     def close() -> None:
         with _sharing:
             if key in _shared:
-                _shared[key] = (-1, nbytes)
+                _shared[key] = ([], nbytes)
 
     def forget() -> None:
         with _sharing:
             _shared.pop(key, None)
 
     with _sharing:
-        _shared[key] = (fd, nbytes)
+        _shared[key] = (fds, nbytes)
     weakref.finalize(mapped, forget).atexit = False
     return close
 
 
 def _shared_nbytes() -> int:
     with _sharing:
-        return sum(nbytes if fd < 0 else os.fstat(fd).st_blocks * 512 for fd, nbytes in _shared.values())
+        return sum(
+            sum(os.fstat(fd).st_blocks * 512 for fd in fds) if fds else nbytes for fds, nbytes in _shared.values()
+        )
 
 
 def _least_budget(limit: int | None, proc: Path) -> Budget:

@@ -2,14 +2,16 @@
 
 The process that holds the array sends a `Handle`, some hundred bytes. Another one on the same host opens the descriptor
 of the first through `/proc`, and writes by system calls; it maps nothing, since a first touch of each page costs more
-than copying it, and a worker's memory limit counts what is mapped. When the holder is done, the kernel lets nobody
-write into the memory any more but by its own map. A file cannot be sealed so: whoever writes into it holds a shared
-lock, which the holder takes for itself before it lets go. Nothing has a name, so nothing is left behind by a process
-that is killed.
+than copying it, and a worker's memory limit counts what is mapped. The kernel lets one process at a time write into a
+file, so that memory is cut into stripes, a file each, which the holder maps one behind the other. When the holder is
+done, the kernel lets nobody write into the memory any more but by its own map. A file on disk cannot be sealed so:
+whoever writes into it holds a shared lock, which the holder takes for itself before it lets go. Nothing has a name, so
+nothing is left behind by a process that is killed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import mmap
@@ -17,14 +19,17 @@ import os
 import sys
 import time
 import uuid
-from contextlib import contextmanager, suppress
+import weakref
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pipeline.memory import count_shared
+from pipeline.sizes import MIB
 
 try:
     import fcntl
@@ -42,9 +47,26 @@ _NOT_EXECUTABLE = 8
 """MFD_NOEXEC_SEAL, which some systems insist on; Linux before 6.3 does not know it."""
 _SEAL_FUTURE_WRITE = 16
 """Of Linux 5.1: maps that are there stay writable, and there will be no others."""
+_MAP_FIXED = 0x10
+_NO_ACCESS = 0
+"""PROT_NONE."""
+_STRIPES = 16
+"""Files of a large array: two processes that write to places at random wait for each other every sixteenth time."""
+_LEAST_STRIPE_NBYTES = 4 * MIB
 _POLL_SECONDS = 0.01
 PAGE = mmap.ALLOCATIONGRANULARITY
 """Bytes of a page of memory."""
+type Map = ctypes.Array[ctypes.c_uint8]
+
+
+class OpenFile(NamedTuple):
+    """A file that a process holds open, as others on its host find it."""
+
+    fd: int
+    name: str
+    """What the link of the descriptor reads: it names this file and no other, whatever process has the number."""
+    identity: tuple[int, int]
+    """Device and inode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +74,18 @@ class Handle:
     """An array that a process holds open, as others on its host find it. Plain data, so that it travels anywhere."""
 
     pid: int
-    fd: int
-    name: str
-    """What the link of the descriptor reads: it names this file and no other, whatever process has the number."""
-    identity: tuple[int, int]
-    """Device and inode."""
+    files: tuple[OpenFile, ...]
+    stripe_nbytes: int
+    """Bytes of each file but the last."""
     offset: int
-    """Byte of the file at which the array begins."""
+    """Byte at which the array begins, counted through the files."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    @property
+    def name(self) -> str:
+        """What the first file is called."""
+        return self.files[0].name
 
     @property
     def nbytes(self) -> int:
@@ -82,29 +107,31 @@ def open_handle(handle: Handle) -> Iterator[Writer | None]:
         None where this process cannot reach it: it runs on another host, in another container or for another user;
         or the holder has let go.
     """
-    link = Path(f"/proc/{handle.pid}/fd/{handle.fd}")
-    fd, found = -1, False
-    try:
+    with ExitStack() as stack:
+        fds = [_open_file(handle.pid, file, stack) for file in handle.files]
+        yield None if -1 in fds else Writer(fds, handle)
+
+
+def _open_file(pid: int, file: OpenFile, stack: ExitStack) -> int:
+    """Open a file that another process holds, under a lock, until the stack ends; -1 if it is not there."""
+    link = Path(f"/proc/{pid}/fd/{file.fd}")
+    with suppress(OSError, AttributeError):
         # Before anything is opened, too: the process of this number may be a stranger's, its file a device.
-        if str(link.readlink()) == handle.name:
+        if str(link.readlink()) == file.name:
             fd = os.open(link, os.O_WRONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             # Whoever lets go locks first: what is there under our lock stays until we unlock.
-            found = str(link.readlink()) == handle.name and _identity(fd) == handle.identity
-    except (OSError, AttributeError):
-        found = False
-    try:
-        yield Writer(fd, handle) if found else None
-    finally:
-        if fd >= 0:
-            os.close(fd)
+            if str(link.readlink()) == file.name and _identity(fd) == file.identity:
+                return fd
+    return -1
 
 
 class Writer:
     """Writes entries of an array into memory or a file that is open here."""
 
-    def __init__(self, fd: int, handle: Handle) -> None:
-        self._fd = fd
+    def __init__(self, fds: list[int], handle: Handle) -> None:
+        self._fds = fds
         self._handle = handle
         self.name = handle.name
 
@@ -119,7 +146,8 @@ class Writer:
             target = self._handle.offset + int(places[first]) * nbytes
             part = source[first * nbytes : stop * nbytes]
             while part:
-                written = os.pwrite(self._fd, part, target)
+                number, at = divmod(target, self._handle.stripe_nbytes)
+                written = os.pwrite(self._fds[number], part[: self._handle.stripe_nbytes - at], at)
                 part, target = part[written:], target + written
             first = stop
 
@@ -130,16 +158,22 @@ class Shared:
     handle: Handle
 
     def __init__(
-        self, fd: int, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], mapped: mmap.mmap | None = None
+        self,
+        fds: list[int],
+        stripe_nbytes: int,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        mapped: Map | None = None,
     ) -> None:
-        self._fd = fd
+        self._fds = fds
         self._mapped = mapped
-        name = str(Path(f"/proc/self/fd/{fd}").readlink())
-        self.handle = Handle(os.getpid(), fd, name, _identity(fd), offset, shape, dtype)
+        files = [OpenFile(fd, str(Path(f"/proc/self/fd/{fd}").readlink()), _identity(fd)) for fd in fds]
+        self.handle = Handle(os.getpid(), tuple(files), stripe_nbytes, offset, shape, dtype)
         # Where locks do not work, nothing is shared.
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        self._forget = None if mapped is None else count_shared(mapped, fd)
+        fcntl.flock(fds[0], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fds[0], fcntl.LOCK_UN)
+        self._forget = None if mapped is None else count_shared(mapped, fds)
 
     @property
     def array(self) -> NDArray[Any]:
@@ -152,13 +186,16 @@ class Shared:
         """Fill an array, C-contiguous, with what lies at an offset in bytes; without touching the map."""
         target = memoryview(out.reshape(-1).view(np.uint8))
         while target:
-            got = os.preadv(self._fd, [target], self.handle.offset + offset)
+            number, at = divmod(self.handle.offset + offset, self.handle.stripe_nbytes)
+            got = os.preadv(self._fds[number], [target[: self.handle.stripe_nbytes - at]], at)
             target, offset = target[got:], offset + got
 
     def give_back(self, offset: int, nbytes: int) -> None:
         """Free the memory of whole pages [offset, offset + nbytes), which read as zeros from then on."""
         assert self._mapped is not None
-        self._mapped.madvise(mmap.MADV_REMOVE, offset, nbytes)
+        begin = ctypes.addressof(self._mapped) + offset
+        if _libc().madvise(begin, nbytes, mmap.MADV_REMOVE) != 0:
+            raise _os_error()
 
     def close(self, seconds: float) -> bool:
         """Bar all others from writing; False where one holds a file open for longer than so many seconds.
@@ -166,17 +203,15 @@ class Shared:
         A process that was stopped, or hangs, may go on one day: what it writes then is what another has written
         already, but by that time the array may hold something else.
         """
-        if self._fd < 0:
-            return True
-        fd, self._fd = self._fd, -1
+        fds, self._fds = self._fds, []
         try:
             end = time.monotonic() + seconds
-            while not (barred := _seal(fd) or _lock(fd)) and time.monotonic() < end:
+            while not (barred := all(_seal(fd) or _lock(fd) for fd in fds)) and time.monotonic() < end:
                 time.sleep(_POLL_SECONDS)
         finally:
             if self._forget is not None:
                 self._forget()
-            os.close(fd)
+            _close(fds)
         return barred
 
 
@@ -190,17 +225,15 @@ def share_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shared | None:
 
     Pages take memory once they are written.
     """
-    name, nbytes = f"random-windows-{uuid.uuid4().hex}", max(1, math.prod(shape) * dtype.itemsize)
-    with suppress(OSError, AttributeError):
-        try:
-            fd = os.memfd_create(name, os.MFD_CLOEXEC | _NOT_EXECUTABLE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            fd = os.memfd_create(name, os.MFD_CLOEXEC | _SEALABLE)
-        with _closing_on_error(fd):
-            os.ftruncate(fd, nbytes)
-            return Shared(fd, 0, shape, dtype, _map(fd, nbytes))
+    nbytes = max(1, math.prod(shape) * dtype.itemsize)
+    stripe_nbytes = -(-max(_LEAST_STRIPE_NBYTES, -(-nbytes // _STRIPES)) // PAGE) * PAGE
+    sizes = [min(stripe_nbytes, nbytes - first) for first in range(0, nbytes, stripe_nbytes)]
+    fds: list[int] = []
+    with suppress(OSError, AttributeError), _closing_on_error(fds):
+        for size in sizes:
+            fds.append(_make_memory())
+            os.ftruncate(fds[-1], size)
+        return Shared(fds, stripe_nbytes, 0, shape, dtype, _map(fds, sizes))
     return None
 
 
@@ -208,20 +241,35 @@ def share_file(array: NDArray[Any]) -> Shared | None:
     """Share the file that an `np.memmap` maps, C-contiguous; None where the system has no means."""
     assert isinstance(array, np.memmap)
     assert array.filename is not None
-    with suppress(OSError, AttributeError):
-        fd = os.open(array.filename, os.O_RDWR | os.O_CLOEXEC)
-        with _closing_on_error(fd):
-            return Shared(fd, array.offset, array.shape, array.dtype)
+    fds: list[int] = []
+    with suppress(OSError, AttributeError), _closing_on_error(fds):
+        fds.append(os.open(array.filename, os.O_RDWR | os.O_CLOEXEC))
+        return Shared(fds, sys.maxsize, array.offset, array.shape, array.dtype)
     return None
 
 
 @contextmanager
-def _closing_on_error(fd: int) -> Iterator[None]:
+def _closing_on_error(fds: list[int]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        os.close(fd)
+        _close(fds)
         raise
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _make_memory() -> int:
+    name = f"random-windows-{uuid.uuid4().hex}"
+    try:
+        return os.memfd_create(name, os.MFD_CLOEXEC | _NOT_EXECUTABLE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, os.MFD_CLOEXEC | _SEALABLE)
 
 
 def _seal(fd: int) -> bool:
@@ -246,8 +294,36 @@ def _identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _map(fd: int, nbytes: int) -> mmap.mmap:
-    if sys.version_info >= (3, 13):
-        # Else the map has a descriptor of its own, by which the file stays open, and locked.
-        return mmap.mmap(fd, nbytes, trackfd=False)
-    return mmap.mmap(fd, nbytes)
+def _map(fds: list[int], sizes: list[int]) -> Map:
+    """Map files one behind the other, until nobody uses the map any more. Python's `mmap` cannot choose the address."""
+    libc, nbytes = _libc(), sum(sizes)
+    begin = libc.mmap(None, nbytes, _NO_ACCESS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if begin == _FAILED:
+        raise _os_error()
+    mapped: Map = (ctypes.c_uint8 * nbytes).from_address(begin)
+    weakref.finalize(mapped, libc.munmap, begin, nbytes).atexit = False
+    at = begin
+    for fd, size in zip(fds, sizes, strict=True):
+        if libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) == _FAILED:
+            raise _os_error()
+        at += size
+    return mapped
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    libc.mmap.argtypes = [pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    libc.mmap.restype = pointer
+    libc.munmap.argtypes = [pointer, size]
+    libc.madvise.argtypes = [pointer, size, ctypes.c_int]
+    return libc
+
+
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def _os_error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))

@@ -117,7 +117,8 @@ class FakeSystem:
 
 
 @pytest.fixture
-def system(tmp_path):
+def system(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.memory._shared", {})  # Other tests' arrays may live still.
     return FakeSystem(tmp_path)
 
 

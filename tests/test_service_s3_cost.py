@@ -1,6 +1,6 @@
 """What windows cost on an S3 service, in requests and bytes: here, and in other readers of the same objects.
 
-`pytest -m slow -k cost_of_windows -s` prints the table of a matrix whose rows and density are the main job's.
+`pytest -n 0 -m slow -k cost_of_windows -s` prints the table of a matrix whose rows and density are the main job's.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import mmap
 import os
 import queue
 import signal
@@ -86,6 +85,43 @@ class TestArrays:
         np.testing.assert_array_equal(shared.array, values * np.array([[1], [0], [1]], np.uint8))
         shared.close(0)
 
+    def test_entries_that_cross_from_stripe_to_stripe(self, monkeypatch):
+        monkeypatch.setattr(sharing, "_LEAST_STRIPE_NBYTES", sharing.PAGE)
+        shared = share_memory((40, 5_001), np.dtype("u1"))
+        sizes = [os.fstat(file.fd).st_size for file in shared.handle.files]
+        assert len(sizes) == 13
+        assert sum(sizes) == 40 * 5_001
+        assert {shared.handle.stripe_nbytes} == set(sizes[:-1])
+        values = np.random.default_rng(0).integers(0, 256, (40, 5_001), np.uint8)
+        places = np.random.default_rng(1).permutation(40)
+        mine, others = places[:3], places[3:]
+        # Runs of places that follow on each other, too.
+        others = np.concatenate([np.sort(others[:20]), others[20:]])
+
+        def write():
+            with open_handle(shared.handle) as writer:
+                writer.write(values[others], others)
+
+        assert in_child(write) == 0
+        shared.array[mine] = values[mine]
+        np.testing.assert_array_equal(shared.array, values)
+        got = np.empty(9 * 5_001 + 7, np.uint8)
+        shared.read(got, 12_345)
+        np.testing.assert_array_equal(got, values.reshape(-1)[12_345 : 12_345 + len(got)])
+        shared.give_back(0, 20 * sharing.PAGE)
+        assert not shared.array.reshape(-1)[: 20 * sharing.PAGE].any()
+        np.testing.assert_array_equal(
+            shared.array.reshape(-1)[20 * sharing.PAGE :], values.reshape(-1)[20 * sharing.PAGE :]
+        )
+        handle, array = shared.handle, shared.array
+        assert shared.close(0)
+        assert open_files()
+        with open_handle(handle) as writer:
+            assert writer is None
+        array[-1] = 3
+        shared = array = None
+        assert not open_files()
+
     def test_a_file_beside_its_header(self, tmp_path):
         made = np.lib.format.open_memmap(tmp_path / "w.npy", mode="w+", dtype="f8", shape=(4, 2))
         shared = share_file(made)
@@ -99,7 +135,9 @@ class TestArrays:
     )
     def test_whoever_does_not_find_that_very_file_does_without(self, change, monkeypatch):
         shared = share_memory((2, 2), np.dtype("f8"))
-        stranger = sharing.replace(shared.handle, **change)
+        [file] = shared.handle.files
+        changed = change if "pid" in change else {"files": (file._replace(**change),)}
+        stranger = sharing.replace(shared.handle, **changed)
         if "identity" not in change:
             monkeypatch.setattr("os.open", lambda *_: pytest.fail("opened what may be anything"))
         with open_handle(stranger) as writer:
@@ -157,7 +195,7 @@ class TestClosing:
             assert writer is None
         # Another file has the number now, of the same name in every other respect.
         again = share_memory((2, 2), np.dtype("f8"))
-        assert again.handle.fd == handle.fd
+        assert again.handle.files[0].fd == handle.files[0].fd
         with open_handle(handle) as writer:
             assert writer is None
         again.close(0)
@@ -217,7 +255,7 @@ class TestClosing:
         shared = share_file(made)
         with open_handle(shared.handle) as writer:
             assert writer is not None
-            fd = os.dup(writer._fd)
+            fd = os.dup(writer._fds[0])
         threading.Timer(0.05, os.close, [fd]).start()
         assert shared.close(5)
 
@@ -362,7 +400,7 @@ class TestGather:
         monkeypatch.setattr(placing, "_LARGE_NBYTES", 1)
         with current(processes):
             made = pipeline.gather(plan)
-        assert isinstance(made.base, mmap.mmap)
+        assert not made.flags.owndata
         made *= 2
         np.testing.assert_array_equal(made, 2 * windows)
         assert made.flags.c_contiguous
