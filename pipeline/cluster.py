@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import dask
 import distributed
 import distributed.utils
 from dask.utils import parse_timedelta
+from distributed.comm import connect as connect_to
 
 from pipeline.choice import Choice, Deployment, choose_cluster, plan_deployment
 from pipeline.clusterfile import merged_settings, one_line
@@ -191,6 +194,9 @@ def _start_error(error: Exception, origin: str) -> PipelineError:
 def _reach(address: str) -> distributed.Client:
     before = _active()
     try:
+        # In a thread, since a notebook's own has a loop that runs.
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(asyncio.run, _greet(address)).result()
         client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=True)
     except Exception as error:
         # Some errors leave a client behind that is active and can do nothing.
@@ -202,6 +208,14 @@ def _reach(address: str) -> distributed.Client:
             "correct scheduler-address"
         ) from error
     return client
+
+
+async def _greet(address: str) -> None:
+    """Let a scheduler answer once: Dask's client waits for ever for one that is connected to and says nothing."""
+    arguments = distributed.Security().get_connection_args("client")
+    async with asyncio.timeout(_CONNECT_SECONDS):
+        comm = await connect_to(address, timeout=_CONNECT_SECONDS, **arguments)
+    comm.abort()
 
 
 def _set_patience(client: distributed.Client, seconds: float, *, temporary: float) -> None:

@@ -30,11 +30,12 @@ _PASSING = {
     if hasattr(errno, name)
 }
 """What a disk that is mounted over a network raises while its server is away; not EIO, the word of a broken one."""
-_ASK_SECONDS = 30
+_ASK_SECONDS = 15
 """How often a scheduler is asked for a sign of life while no task ends."""
 _ANSWER_SECONDS = 10
-_SILENT_SECONDS = 120
-"""A scheduler that has work to do for 1,000 workers may be silent for long."""
+_SILENT_SECONDS = 40
+"""With what a last question and the end of the run take, a scheduler that has gone is noticed within a minute. One that
+has work to do for 1,000 workers is silent for seconds."""
 _TELL_SECONDS = 10
 
 
@@ -121,7 +122,7 @@ class Watchdog:
         Raises
         ------
         IncompleteError
-            If there was none for minutes.
+            If there was none for too long.
         """
         if time.monotonic() - self._heard < _ASK_SECONDS:
             return

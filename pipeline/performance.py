@@ -27,6 +27,8 @@ _REMOTE = re.compile(r'\s*<link\b[^>]*\bhref="(?:https?:)?//[^>]*>')
 _SECRET = re.compile(r"(?<=://)[^/@\s]+@")
 _SECONDS = 120
 """How long the scheduler may take for it; 20,000 tasks take it a second, and 5 MB."""
+_FAILED_SECONDS = 5
+"""The same after a failed run, which ends soon."""
 
 
 def check_report(path: str, inputs: Iterable[str | Path]) -> Path:
@@ -89,12 +91,13 @@ def performance_report(path: Path | None) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _save(client, path, begin, count)
+        # Perhaps because the scheduler does not answer.
+        _save(client, path, begin, count, seconds=_FAILED_SECONDS)
         raise
-    _save(client, path, begin, count)
+    _save(client, path, begin, count, seconds=_SECONDS)
 
 
-def _save(client: Any, path: Path, begin: float, count: int) -> None:
+def _save(client: Any, path: Path, begin: float, count: int, *, seconds: float) -> None:
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         page = client.sync(
@@ -103,7 +106,7 @@ def _save(client: Any, path: Path, begin: float, count: int) -> None:
             last_count=count,
             code=html.escape(_SECRET.sub("", " ".join(["pipeline", *sys.argv[1:]]))),
             mode="inline",
-            callback_timeout=_SECONDS,
+            callback_timeout=seconds,
         )
         page = _REMOTE.sub("", page).replace("<head>", f"<head>\n    {_MARK}", 1)
         partial.write_text(page, encoding="utf-8")

@@ -114,7 +114,7 @@ class Guard:
         sys.stdout, sys.stderr = sys.__stdout__ or sys.stdout, sys.__stderr__ or sys.stderr
         error = self.interruption or _interruption(number)
         if not hasattr(error, "__notes__"):
-            error.add_note("an output that was begun lies beside its place, as .partial; run it again with --resume")
+            error.add_note("if an output was begun, it lies beside its place, as .partial; run it again with --resume")
         with suppress(Exception):
             self.say(error)
         os._exit(128 + number)

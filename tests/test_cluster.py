@@ -443,11 +443,15 @@ def test_workers_that_come_and_go_during_runs(write, samples, tmp_path, monkeypa
             assert len(workers) == 1
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("listens", [False, True])
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:{}", "127.0.0.1:{}"])
-def test_scheduler_that_does_not_answer(monkeypatch, address):
+def test_scheduler_that_does_not_answer(monkeypatch, address, listens):
     monkeypatch.setattr(module, "_CONNECT_SECONDS", 0.3)
-    with socket.socket() as bound:  # Bound, and nobody listens.
+    with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
+        if listens:  # As for a process that was stopped: the kernel accepts.
+            bound.listen()
         address = address.format(bound.getsockname()[1])
         message = r"must answer within 0.3 s.*scheduler-address"
         with pytest.raises(OpenError, match=message) as caught, connect(scheduler_address=address):
