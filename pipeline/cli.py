@@ -35,6 +35,7 @@ from pipeline.options import (
     resume_option,
     tellers,
 )
+from pipeline.pages import Verbs, answer_shell, complete_files
 from pipeline.signals import Guard, Terminated
 from pipeline.sizes import count_of
 from pipeline.wording import (
@@ -57,12 +58,23 @@ if TYPE_CHECKING:
     from pipeline.report import Watch
     from pipeline.writeback import Storing
 
-_EPILOG = (
-    "Exit codes: 0 done; 1 a bug of ours; 2 bad input; 3 cannot open or connect; 4 data integrity; 5 memory or disk; "
-    "6 incomplete, --resume goes on; 7 output exists; 130, 143 interrupted. "
-    "The environment variable PIPELINE_NAME sets an option, such as PIPELINE_MEMORY=8GB; "
-    "not so --out, --overwrite, --order, --dry-run and those that shape the report."
-)
+_EPILOG = """\b
+First steps:
+  pipeline demo                                        see it work
+  pipeline create A.npy A.zarr                         a matrix of a file
+  pipeline run A.zarr --count 10000 --length 16 --out windows.zarr
+
+\b
+Exit codes:
+  0 done          3 cannot open or connect    6 incomplete: --resume goes on
+  1 a bug of ours 4 data integrity            7 the output exists
+  2 bad input     5 memory or disk            130, 143 interrupted
+
+The environment variable PIPELINE_NAME sets an option, such as PIPELINE_MEMORY=8GB; not so --out, --overwrite, --order,
+--dry-run and those that shape the report.
+
+Completion in bash: eval "$(_PIPELINE_COMPLETE=bash_source pipeline)", in zsh and fish with their names.
+"""
 
 
 def main() -> None:
@@ -81,6 +93,7 @@ def _answer(guard: Guard) -> NoReturn:
     try:
         if sys.stdout is None:
             raise OpenError("data go to standard output; it is closed; name a file for it, such as /dev/null")  # noqa: TRY301
+        answer_shell(cli)
         with cli.make_context("pipeline", sys.argv[1:]) as context:
             cli.invoke(context)
         sys.exit(0)
@@ -170,7 +183,12 @@ def _explain(error: BaseException) -> tuple[int, str]:  # noqa: PLR0911 (a table
     return 1, "; ".join([text, *notes])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG, invoke_without_command=True)
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EPILOG,
+    invoke_without_command=True,
+)
 @click.version_option(package_name="random-windows", prog_name="pipeline")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -179,9 +197,16 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@cli.command()
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.argument("dest", metavar="DEST")
+@cli.command(
+    examples=(
+        "pipeline create A.npy A.zarr",
+        "pipeline create monday.npy tuesday.npy week.zarr",
+        "pipeline create A.h5::test A.zarr --compress zstd --length 16",
+        "pipeline create A.bin A.zarr --dtype float32 --row-shape 2000 --dry-run",
+    )
+)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, shell_complete=complete_files)
+@click.argument("dest", metavar="DEST", shell_complete=complete_files)
 @option("--dtype", help="Of raw binary, such as float32 or >i2; also of random:.")
 @option("--row-shape", metavar="N[,N...]", help="Shape of a row of raw binary.")
 @option("--dataset", help="Name of the HDF5 data set in each file.")
@@ -217,7 +242,7 @@ def create(
     """Make a matrix of what is there.
 
     SOURCE is an .npy, raw binary (with --dtype and --row-shape), HDF5 (A.h5::dataset, or --dataset), a Zarr array, or
-    random:ROWSxCOLS. Several are stacked by rows.
+    random:ROWSxCOLS. Several are stacked by rows. DEST is a path, or a URL such as s3://bucket/A.zarr.
     """
     begin = time.perf_counter()
     with _loading():
@@ -250,8 +275,13 @@ def create(
     _report(*report_creation(matrix, watch, measures), as_json=as_json)
 
 
-@cli.command()
-@click.argument("matrix", metavar="MATRIX")
+@cli.command(
+    examples=(
+        "pipeline info A.zarr",
+        "pipeline info A.h5::test --length 64",
+    )
+)
+@click.argument("matrix", metavar="MATRIX", shell_complete=complete_files)
 @in_place
 @option("--length", type=int, default=16, show_default=True, help="Rows of a window.")
 @common
@@ -270,7 +300,7 @@ def info(
     _report(*report_matrix(opened, opened.check_length(length)), as_json=as_json)
 
 
-@cli.command()
+@cli.command(examples=("pipeline plan A.zarr --count 10000 --length 16 --out windows.zarr",))
 @request
 def plan(*, as_json: bool, **arguments: Any) -> None:
     """Say what `run` would do and cost.
@@ -282,7 +312,14 @@ def plan(*, as_json: bool, **arguments: Any) -> None:
     _report(*report_plan(sink), as_json=as_json)
 
 
-@cli.command()
+@cli.command(
+    examples=(
+        "pipeline run A.zarr --count 10000 --length 16 --seed 0 --out windows.zarr",
+        "pipeline run A.zarr --starts starts.txt --out windows.npy --memory 8GB --resume",
+        "pipeline run A.npy --apply features:mean --out means.npy",
+        "pipeline run s3://bucket/A.zarr --scheduler tls://host:8786 --out s3://bucket/windows.zarr",
+    )
+)
 @request
 @report_option
 @connecting
@@ -292,7 +329,7 @@ def run(
     """Read windows into an array, an .npy or Zarr.
 
     MATRIX is a Zarr array; or an .npy, raw binary (with --dtype and --row-shape) or HDF5 with a contiguous data set
-    (A.h5::dataset, or --dataset), read in place.
+    (A.h5::dataset, or --dataset), read in place. Without --out the windows are read and measured, and not kept.
     """
     begin = time.perf_counter()
     with _loading(), _foreign_output_diverted():
@@ -316,8 +353,14 @@ def run(
     _report(*report_run(matrix, sink, watch, measures, threads=threads, within=arguments["within"]), as_json=as_json)
 
 
-@cli.command()
-@click.argument("target", metavar="TARGET")
+@cli.command(
+    examples=(
+        "pipeline verify A.zarr",
+        "pipeline verify A.npy --write-manifest A.json",
+        "pipeline verify A.npy --manifest A.json --subset 10%",
+    )
+)
+@click.argument("target", metavar="TARGET", shell_complete=complete_files)
 @option("--subset", metavar="PART", help="Read a random part, such as 10%.  [default: all]")
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the part.")
 @option("--manifest", metavar="FILE", help="Compare with what --write-manifest wrote.")
@@ -386,7 +429,7 @@ def verify(
 
 
 @cli.command()
-@click.argument("directory", metavar="[DIR]", required=False)
+@click.argument("directory", metavar="[DIR]", required=False, shell_complete=complete_files)
 @connecting
 @common
 def demo(directory: str | None, *, where: dict[str, Any], as_json: bool, quiet: bool, verbose: bool, **_: bool) -> None:
@@ -406,7 +449,7 @@ def demo(directory: str | None, *, where: dict[str, Any], as_json: bool, quiet: 
 
 
 @cli.command()
-@click.argument("directory", metavar="[DIR]", required=False)
+@click.argument("directory", metavar="[DIR]", required=False, shell_complete=complete_files)
 @option(
     "--scenario",
     type=click.Choice(["seed", "compressed", "small", "store", "create", "clusters"]),
@@ -427,9 +470,10 @@ def demo(directory: str | None, *, where: dict[str, Any], as_json: bool, quiet: 
 @connecting
 @common
 def bench(directory: str | None, *, plot: str | None, as_json: bool, quiet: bool, **settings: Any) -> None:
-    """Show this project beside h5py, np.memmap, zarr, dask, tensorstore and zarrs.
+    """Time this project beside the other ways to read windows.
 
-    Each reads the same windows, in a process of its own; every value is checked. Opening and allocating are timed;
+    These are h5py, np.memmap, zarr, dask, tensorstore and zarrs. Each reads the same windows, in a process of its own;
+    every value is checked. Opening and allocating are timed;
     imports, a first window and the start of a cluster are not. Files of about three times the matrix go to DIR, where
     they stay and are used again; without DIR, to a temporary folder that is removed.
     """

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from pipeline.pages import complete_files
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -51,10 +53,16 @@ def connecting(function: Callable[..., None]) -> Callable[..., None]:
         option(
             "--cluster",
             metavar="FILE",
+            shell_complete=complete_files,
             help="Cluster file. Default: ./cluster.yaml if it is there, else this machine's cores.",
         ),
         option("--scheduler", "scheduler_address", metavar="ADDRESS", help="A Dask scheduler that runs already."),
-        option("--scheduler-file", metavar="FILE", help="The same, by the file that `dask scheduler` wrote."),
+        option(
+            "--scheduler-file",
+            metavar="FILE",
+            shell_complete=complete_files,
+            help="The same, by the file that `dask scheduler` wrote.",
+        ),
         option("--workers", type=click.IntRange(min=1), help="How many; two or more on this machine are processes."),
         option("--threads", type=click.IntRange(min=1), help="Tasks at once on a worker."),
         option("--insecure", is_flag=True, help="Allow what leaves this machine without TLS."),
@@ -92,7 +100,11 @@ def _winners(given: dict[str, Any]) -> dict[str, Any]:
 
 
 report_option = click.option(
-    "--performance-report", "report", metavar="FILE", help="Dask's performance report, one .html that needs no network."
+    "--performance-report",
+    "report",
+    metavar="FILE",
+    shell_complete=complete_files,
+    help="Dask's performance report, one .html that needs no network.",
 )
 memory_option = option("--memory", metavar="SIZE", help="Most that the run may hold, such as 8GB.")
 resume_option = option(
@@ -114,14 +126,24 @@ def in_place(function: Callable[..., None]) -> Callable[..., None]:
 def request(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options that `run` and `plan` share."""
     options: list[Callable[[Any], Any]] = [
-        click.argument("matrix", metavar="MATRIX"),
+        click.argument("matrix", metavar="MATRIX", shell_complete=complete_files),
         in_place,
         option("--count", type=int, default=10_000, show_default=True, help="Windows to draw."),
         option("--length", type=int, default=16, show_default=True, help="Rows of a window."),
         option("--seed", type=int, default=0, show_default=True, help="Of the starts."),
         option("--within", type=click.Choice(["parts"]), help="No window crosses the border of two source files."),
-        option("--starts", metavar="FILE", help="Starts from a .npy, a text file, or - for standard input."),
-        option("--out", metavar="PATH", help="X.zarr (workers write) or X.npy. Default: an array that is not kept."),
+        option(
+            "--starts",
+            metavar="FILE",
+            shell_complete=complete_files,
+            help="Starts from a .npy, a text file, or - for standard input.",
+        ),
+        option(
+            "--out",
+            metavar="PATH",
+            shell_complete=complete_files,
+            help="X.zarr (workers write) or X.npy. Default: an array that is not kept.",
+        ),
         option("--apply", "apply_name", metavar="MODULE:FUNCTION", help="Run on each block; only its result travels."),
         option("--order", type=click.Choice(["request", "chunk"]), help="Order of X.zarr.  [default: request]"),
         option("--check-reads", is_flag=True, help="Read whole chunks, and check them against their checksums."),

@@ -356,6 +356,29 @@ def test_help(cli, verb):
         assert all(name in said.out for name in commands.commands)
 
 
+def test_help_is_a_page_in_sections(cli):
+    """Every option stands under a heading of its own; a new one that has none would come under the last."""
+    for verb in commands.commands:
+        said = cli(verb, "--help").out
+        assert "Other options" not in said, verb
+        assert re.search(r"What is said:\n(  .*\n)*  -h, --help", said)
+    lines = cli("run", "--help").out.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings[:2] == ["Examples:", "Which windows:"]
+    assert lines.index("Which windows:") < next(n for n, line in enumerate(lines) if line.startswith("  --count"))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("pipeline ru", "plain,run"), ("pipeline run --che", "plain,--check-reads"), ("pipeline info A", "file,A")],
+)
+def test_a_shell_completes(program, words, found):
+    asked = {"_PIPELINE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [found]
+    assert done.stderr == ""
+
+
 def test_verbose_run_succeeds(cli, matrix):
     assert cli("run", matrix, "--count", 3, "-v", "--json").numbers["windows"] == 3
 

@@ -51,14 +51,14 @@ LAYERS = [
     "chunks",
     "fetching identity journal manifest notice npy sharing stores",
     "credentials files locations memory preads record",
-    "errors signals sizes",
+    "errors pages signals sizes",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
 
 OUTSIDE = {
     "bokeh": "",
     "botocore": "credentials",
-    "click": "cli options",
+    "click": "cli options pages",
     "cloudpickle": "identity request tasks",
     "asyncssh": "ssh",
     "dask": "bench capacity choice cluster clusterfile dashboard failures flights jobs local runs security services settings ssh tasks",
