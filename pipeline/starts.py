@@ -1,16 +1,13 @@
-"""Where windows start: drawn from a seed, or read from a file."""
+"""Where windows start: drawn from a seed, or on a grid."""
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import BudgetError, InputError, NotFoundError, OpenError
+from pipeline.errors import BudgetError, InputError
+from pipeline.intervals import check_whole, fitting_intervals
 from pipeline.memory import budget
 from pipeline.sizes import format_size
 
@@ -18,8 +15,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
-_DIGITS = 40
-"""More digits than any 64-bit number is written with."""
 _DRAWN_NBYTES = 64
 """Memory that drawing and planning takes for each start."""
 
@@ -72,22 +67,10 @@ def draw_starts(
     >>> draw_starts(1_000_000, length=16, count=4, seed=0)
     array([850611, 636952, 511128, 269782])
     """
-    _check_whole(rows=(rows, 1), length=(length, 1), count=(count, 1), seed=(seed, 0))
-    allowed = budget()
-    if count * _DRAWN_NBYTES > allowed.nbytes:
-        raise BudgetError(
-            f"starts fit in memory; {count} of them take {format_size(count * _DRAWN_NBYTES)}, {allowed.source} allows "
-            f"{format_size(allowed.nbytes)}; draw and run them in parts, each with a seed and an output of its own"
-        )
-    if length > rows:
-        raise InputError(f"a window lies inside the matrix; got length {length} for {rows} rows; give 1 to {rows}")
-    intervals = np.array([[0, rows]]) if within is None else check_intervals(within, rows)
-    fitting = intervals[intervals[:, 1] - intervals[:, 0] >= length]
-    if not len(fitting):
-        longest = (intervals[:, 1] - intervals[:, 0]).max(initial=0)
-        raise InputError(
-            f"a window lies inside an interval; the longest has {longest} rows, a window {length}; shorten it"
-        )
+    for name, value, least in (("rows", rows, 1), ("length", length, 1), ("count", count, 1), ("seed", seed, 0)):
+        check_whole(name, value, least=least)
+    _check_fit(count, "draw and run them in parts, each with a seed and an output of its own")
+    fitting = fitting_intervals(rows, length, within)
     generator = np.random.default_rng(seed)
     if not overlap:
         return _draw_disjoint(generator, fitting, length, count)
@@ -103,6 +86,69 @@ def draw_starts(
     interval = np.searchsorted(ends, drawn, side="right")
     starts: NDArray[np.int64] = fitting[interval, 0] + drawn - (ends - choices)[interval]
     return starts
+
+
+def grid_starts(
+    rows: int, *, length: int, stride: int, within: ArrayLike | None = None, offset: int = 0
+) -> NDArray[np.int64]:
+    """Lay windows on a grid: one every `stride` rows, each whole.
+
+    Parameters
+    ----------
+    rows
+        Rows of the matrix.
+    length
+        Rows of a window.
+    stride
+        Rows from one start to the next: `length` for windows side by side, fewer for windows that overlap.
+    within
+        As of `draw_starts`; each interval has a grid of its own, from its first row.
+    offset
+        Rows of each interval before its first window.
+
+    Returns
+    -------
+    ndarray
+        (n,) int64, ascending: every window of the grids.
+
+    Raises
+    ------
+    InputError
+        If a value is out of its range, or no window fits.
+    BudgetError
+        If that many starts do not fit in memory.
+
+    Examples
+    --------
+    >>> grid_starts(100, length=16, stride=32)
+    array([ 0, 32, 64])
+    >>> grid_starts(100, length=16, stride=16, within=[[0, 40], [50, 100]])
+    array([ 0, 16, 50, 66, 82])
+    """
+    for name, value, least in (("rows", rows, 1), ("length", length, 1), ("stride", stride, 1), ("offset", offset, 0)):
+        check_whole(name, value, least=least)
+    fitting = fitting_intervals(rows, length, within)
+    room = fitting[:, 1] - fitting[:, 0] - length - offset
+    counts = np.where(room >= 0, room // stride + 1, 0)
+    total = int(counts.sum())
+    if not total:
+        raise InputError(
+            f"a grid has a window; with offset {offset} none of length {length} fits an interval; shorten the offset"
+        )
+    _check_fit(total, "take a longer stride, or lay and run them interval by interval")
+    number = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts: NDArray[np.int64] = np.repeat(fitting[:, 0] + offset, counts) + number * stride
+    return starts
+
+
+def _check_fit(count: int, way_out: str) -> None:
+    """Raise BudgetError where so many starts do not fit in memory."""
+    allowed = budget()
+    if count * _DRAWN_NBYTES > allowed.nbytes:
+        raise BudgetError(
+            f"starts fit in memory; {count} of them take {format_size(count * _DRAWN_NBYTES)}, {allowed.source} allows "
+            f"{format_size(allowed.nbytes)}; {way_out}"
+        )
 
 
 def _draw_disjoint(
@@ -126,25 +172,6 @@ def _draw_disjoint(
     return starts
 
 
-def check_intervals(within: ArrayLike, rows: int) -> NDArray[np.int64]:
-    """Sort intervals (m, 2) of rows; InputError where one is empty, leaves the matrix, or overlaps another."""
-    given = np.asarray(within)
-    if given.ndim != 2 or given.shape[1] != 2 or not len(given) or given.dtype.kind not in "iu":
-        raise InputError(
-            f"intervals are whole numbers of shape (m, 2); got {given.dtype} of shape {given.shape}; give [first, stop)"
-        )
-    bad = (given < 0).any(axis=1) | (given > rows).any(axis=1) | (given[:, 0] >= given[:, 1])
-    if bad.any():
-        first, stop = given[bad][0]
-        raise InputError(f"an interval lies inside the {rows} rows and is not empty; got [{first}, {stop}); mend it")
-    intervals = given[np.argsort(given[:, 0], kind="stable")].astype(np.int64)
-    overlapping = np.flatnonzero(intervals[1:, 0] < intervals[:-1, 1])
-    if len(overlapping):
-        one, other = intervals[overlapping[0]].tolist(), intervals[overlapping[0] + 1].tolist()
-        raise InputError(f"intervals do not overlap; got {one} and {other}; merge or cut them")
-    return intervals
-
-
 def check_starts(starts: ArrayLike, *, rows: int, length: int) -> NDArray[np.int64]:
     """Return starts as a read-only (n,) int64 copy; InputError unless each is a whole number in [0, rows - length]."""
     given = np.asarray(starts)
@@ -163,56 +190,3 @@ def check_starts(starts: ArrayLike, *, rows: int, length: int) -> NDArray[np.int
     checked = given.astype(np.int64)
     checked.flags.writeable = False
     return checked
-
-
-def load_starts(path: str | Path) -> NDArray[Any]:
-    """Read starts from a `.npy`, a text file of one whole number a line, or `-`: such text on standard input.
-
-    Raises
-    ------
-    NotFoundError
-        If the file is not there.
-    OpenError
-        If it cannot be parsed; a pickled `.npy` is never loaded.
-    """
-    name = "standard input" if str(path) == "-" else str(path)
-    path = Path(path)
-    if str(path) != "-" and not os.path.lexists(path):
-        raise NotFoundError(f"starts come from a file that is there; nothing is at {path}; check the path")
-    try:
-        if str(path) == "-":
-            # None where it is closed.
-            text = "" if sys.stdin is None else sys.stdin.read()
-        elif path.suffix == ".npy":
-            # Mapped first: reading would allocate whatever the header of a file says that was cut.
-            return np.array(np.lib.format.open_memmap(path, mode="r"))
-        else:
-            text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OpenError(
-            f"starts come from a .npy or a text file; {name} cannot be read: {reason}; write it anew"
-        ) from error
-    return _parse_starts(text, name)
-
-
-def _parse_starts(text: str, name: str) -> NDArray[Any]:
-    values = []
-    for number, word in enumerate(text.split()):
-        if not re.fullmatch(r"[+-]?[0-9]+", word):
-            raise OpenError(
-                f"starts are whole numbers, one a line; {name} has {word[:40]!r} at place {number}; mend it"
-            )
-        # NumPy would turn what fits no 64-bit integer into objects or floats.
-        if len(word) > _DIGITS or not -(2**63) <= int(word) < 2**63:
-            raise InputError(f"a start is a row of the matrix; {name} has {word[:40]} at place {number}; mend it")
-        values.append(int(word))
-    return np.array(values, dtype=np.int64)
-
-
-def _check_whole(**arguments: tuple[Any, int]) -> None:
-    for name, (value, least) in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise InputError(f"{name} is a whole number; got {value!r}; give one of at least {least}")
-        if value < least:
-            raise InputError(f"{name} is at least {least}; got {value}; give a larger one")

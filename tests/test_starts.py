@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline.starts import check_starts, load_starts
+from pipeline.rowfiles import load_starts
+from pipeline.starts import check_starts
 
 
 def test_the_seed_alone_decides():
@@ -77,6 +78,44 @@ def test_disjoint_windows_are_uniform_over_their_arrangements():
 def test_disjoint_windows_that_fill_the_matrix():
     starts = pipeline.draw_starts(64, length=16, count=4, seed=3, overlap=False)
     assert sorted(starts) == [0, 16, 32, 48]
+
+
+@given(st.data())
+def test_a_grid_has_every_window_and_no_other(data):
+    rows = data.draw(st.integers(1, 200))
+    length, stride = data.draw(st.integers(1, rows)), data.draw(st.integers(1, 60))
+    offset = data.draw(st.integers(0, 20))
+    cuts = sorted(data.draw(st.sets(st.integers(0, rows), min_size=2, max_size=8)))
+    spans = [[first, stop] for first, stop in pairwise(cuts) if data.draw(st.booleans())]
+    within = data.draw(st.permutations(spans)) if spans else None
+    wanted = [
+        start
+        for first, stop in spans or [[0, rows]]
+        for start in range(first + offset, stop - length + 1)
+        if (start - first - offset) % stride == 0
+    ]
+    if not wanted:
+        with pytest.raises(pipeline.InputError, match=r"window"):
+            pipeline.grid_starts(rows, length=length, stride=stride, within=within, offset=offset)
+        return
+    starts = pipeline.grid_starts(rows, length=length, stride=stride, within=within, offset=offset)
+    np.testing.assert_array_equal(starts, np.array(wanted, np.int64), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"stride": 0}, pipeline.InputError, "stride is at least 1"),
+        ({"stride": 2.5}, pipeline.InputError, "got 2.5"),
+        ({"offset": -1}, pipeline.InputError, "offset is at least 0"),
+        ({"offset": 97}, pipeline.InputError, "offset 97 none of length 4"),
+        ({"rows": 10**15, "stride": 1}, pipeline.BudgetError, "longer stride"),
+    ],
+)
+def test_bad_grids(options, error, words):
+    arguments = {"rows": 100, "length": 4, "stride": 4} | options
+    with pytest.raises(error, match=words):
+        pipeline.grid_starts(arguments.pop("rows"), **arguments)
 
 
 @pytest.mark.parametrize(
