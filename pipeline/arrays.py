@@ -33,17 +33,30 @@ _LISTED = 10
 
 
 def open_array(path: Path) -> zarr.Array[Any]:
-    """Open the Zarr array in a folder, for reading; the errors of `open_matrix`."""
+    """Open the Zarr array in a folder, for reading; the errors of `open_folder`, and OpenError for a group."""
     import zarr
 
+    node = open_folder(path)
+    return node if isinstance(node, zarr.Array) else refuse_group(node, str(path))
+
+
+def open_folder(path: Path) -> zarr.Array[Any] | zarr.Group:
+    """Open the Zarr array or group in a folder, for reading.
+
+    Raises
+    ------
+    NotFoundError
+        If there is none.
+    OpenError
+        If it is no folder, or metadata are absent or cannot be parsed.
+    """
     if not os.path.lexists(path):
         raise NotFoundError(f"a matrix is there before it is opened; nothing is at {path}; check the path")
     if not path.is_dir():
         raise OpenError(f"a Zarr array is a folder; {path} is none; name another")
     if not any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
         raise OpenError(f"a Zarr array has a zarr.json or .zarray; {path} has neither; name a folder that has")
-    node = open_node(path)
-    return node if isinstance(node, zarr.Array) else _refuse_group(node, str(path))
+    return open_node(path)
 
 
 def open_stored(store: Store, name: str) -> zarr.Array[Any]:
@@ -51,7 +64,7 @@ def open_stored(store: Store, name: str) -> zarr.Array[Any]:
     import zarr
 
     node = open_root(store, name)
-    return node if isinstance(node, zarr.Array) else _refuse_group(node, name)
+    return node if isinstance(node, zarr.Array) else refuse_group(node, name)
 
 
 def open_root(store: Store, name: str) -> zarr.Array[Any] | zarr.Group:
@@ -123,7 +136,8 @@ def read_key(store: Store, key: str) -> bytes | None:
     return None if buffer is None else buffer.to_bytes()
 
 
-def _refuse_group(group: zarr.Group, name: str) -> NoReturn:
+def refuse_group(group: zarr.Group, name: str, rule: str = "a matrix is one Zarr array") -> NoReturn:
+    """Raise OpenError for a group, naming the arrays in it; `rule` says why it is not taken."""
     import zarr
 
     names: list[str] = []
@@ -133,7 +147,7 @@ def _refuse_group(group: zarr.Group, name: str) -> NoReturn:
     held = f"with the arrays {', '.join(names[:_LISTED])}" if names else "without arrays"
     held += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     way_out = f"write {name}/{names[0]}" if names else "name another folder"
-    raise OpenError(f"a matrix is one Zarr array; {name} is a group {held}; {way_out}")
+    raise OpenError(f"{rule}; {name} is a group {held}; {way_out}")
 
 
 def _unreadable(name: str, error: Exception) -> OpenError:

@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arrays import locate_array
+from pipeline.attributes import Description, dimension_names, user_attributes
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
 from pipeline.encoding import slab_nbytes
 from pipeline.errors import InputError
 from pipeline.journal import Request
-from pipeline.matrix import Matrix, html_table, open_matrix
+from pipeline.markup import html_table
+from pipeline.matrix import Matrix, open_single
 from pipeline.memory import budget, parse_size
 from pipeline.outputs import find_output
-from pipeline.report import Watch
+from pipeline.report import watched
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.sights import source_sights
 from pipeline.sizes import count_of, format_size
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source, ZarrSource, open_source
 from pipeline.stamps import stamp_source
 from pipeline.tasks import Receipt, name_tasks
 from pipeline.workers import survey_workers
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     from pipeline.locations import Location, Url
     from pipeline.outputs import Output, Stage, Writer
+    from pipeline.report import Watch
     from pipeline.stamps import Stamp
 
 _READ_SHARE = 0.25
@@ -126,6 +129,7 @@ class Creation:
             "shape": str(self.source.shape),
             "dtype": self.source.dtype.str,
             "layout": f"{self.cut} {self.compress}",
+            **self._told.facts(),
         }
         return Request(facts)
 
@@ -148,21 +152,32 @@ class Creation:
             stage.seal(chain.from_iterable(stage.done.values()), ours)
         return self._open()
 
+    @property
+    def _told(self) -> Description:
+        """Attributes and names of dimensions that the matrix takes from its source, its rows' name the first."""
+        if not isinstance(self.source, ZarrSource):
+            return Description({}, (None,) * len(self.source.shape))
+        names = list(dimension_names(self.source.array))
+        names.insert(0, names.pop(self.source.axis))
+        distinct = tuple(name if names.count(name) == 1 else None for name in names)
+        return Description(user_attributes(self.source.array), distinct)
+
     def _open(self) -> Matrix:
         """Open what was made, under the name that was given."""
-        return replace(open_matrix(self.output.place), path=str(self.dest))
+        return replace(open_single(self.output.place), path=str(self.dest))
 
     def _write(self, stage: Stage, watch: Watch, at_once: int) -> None:
         """Run the tasks that are not finished yet."""
-        shape, rows = self.source.shape, stage.cut
+        shape, rows, told = self.source.shape, stage.cut, self._told
+        names = ["row", *(f"column_{axis}" for axis in range(len(shape) - 1))]
         writer = stage.create_array(
             None,
             shape=shape,
             dtype=self.source.dtype,
             cut=self.cut,
             compress=self.compress,
-            dimension_names=["row", *(f"column_{axis}" for axis in range(len(shape) - 1))],
-            attributes={},
+            dimension_names=[given or name for given, name in zip(told.names, names, strict=True)],
+            attributes=told.attributes,
         )
         cuts = [(number, first, min(first + rows, shape[0])) for number, first in enumerate(range(0, shape[0], rows))]
         watch.begin(len(cuts), shape[0], self.nbytes_written)
@@ -293,7 +308,8 @@ def create_matrix(
         overwrite=overwrite,
         storage_options=storage_options,
     )
-    return creation.run(Watch())
+    with watched("create_matrix") as watch:
+        return creation.run(watch)
 
 
 def plan_creation(

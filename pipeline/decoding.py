@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arrays import may_lack_chunks, read_present
+from pipeline.columns import asked_rows
 from pipeline.decoders import chunk_decoder, fill_value
 from pipeline.errors import IntegrityError, PipelineError
 from pipeline.fetching import in_flight, in_order
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
+    from pipeline.columns import Selection
     from pipeline.fetching import Sized
     from pipeline.keys import Keys
 
@@ -75,12 +77,14 @@ class ChunkReader:
     files: Files | Keys
     chunk_rows: int
     row_nbytes: int
+    selection: Selection | None = None
+    """What is made of decoded rows; None: nothing."""
 
     def read_windows(
         self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]
     ) -> Reading:
         """Read windows; see `Reader.read_windows`."""
-        windows = SortedWindows(starts, length, out, places)
+        windows = SortedWindows(starts, length, out, places, self.selection)
         touched = windows.touched(self.chunk_rows)
         decode = chunk_decoder(self.array)
         assert decode is not None
@@ -90,7 +94,7 @@ class ChunkReader:
         first_rows = np.array([run[0] for run in runs]) * self.chunk_rows
         bounds = windows.bounds(first_rows, np.array([run[-1] + 1 for run in runs]) * self.chunk_rows)
         most = max(map(len, runs))
-        scratch = np.empty((most, *self.array.chunks), out.dtype)
+        scratch = np.empty((most, *self.array.chunks), np.dtype(self.array.dtype).newbyteorder("="))
         nbytes_read, decode_seconds = 0, 0.0
         chunks = (
             self._read_files(touched, self.files) if isinstance(self.files, Files) else self._fetch(touched, self.files)
@@ -271,6 +275,8 @@ class ArrayReader:
     chunk_rows: int
     row_nbytes: int
     files: Files | Keys
+    selection: Selection | None = None
+    """What is made of decoded rows; None: nothing."""
 
     def read_windows(
         self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]
@@ -278,7 +284,7 @@ class ArrayReader:
         """Read windows; see `Reader.read_windows`."""
         from pipeline.counting import count_reads
 
-        windows = SortedWindows(starts, length, out, places)
+        windows = SortedWindows(starts, length, out, places, self.selection)
         touched = windows.touched(self.chunk_rows)
         self._check_files(touched)
         index_nbytes = self._check_inner_chunks(touched)
@@ -402,11 +408,18 @@ def _is_here(array: zarr.Array[Any]) -> bool:
 class SortedWindows:
     """Windows by start, to which runs of matrix rows are copied: a view of a request, made once a task."""
 
-    def __init__(self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        starts: NDArray[np.int64],
+        length: int,
+        out: NDArray[Any],
+        places: NDArray[np.int64],
+        selection: Selection | None,
+    ) -> None:
         ascending = np.argsort(starts, kind="stable")
         self._starts, self._places = starts[ascending], places[ascending]
         self._start_list, self._place_list = self._starts.tolist(), self._places.tolist()
-        self._length, self._out = length, out
+        self._length, self._out, self._selection = length, out, selection
 
     def touched(self, unit_rows: int) -> NDArray[np.int64]:
         """Numbers of the units of `unit_rows` rows that any window touches, ascending, once each."""
@@ -424,6 +437,9 @@ class SortedWindows:
 
     def copy(self, rows: NDArray[Any], first: int, bound: list[int]) -> None:
         """Copy matrix rows [first, first + len(rows)) to the windows that `bounds` found for them."""
+        if self._selection is not None:
+            numbers = partial(self._asked, first, first + len(rows))
+            rows = np.ascontiguousarray(self._selection.take(rows, numbers))
         low, begin, end, high = bound
         out, length, stop = self._out, self._length, first + len(rows)
         small = end > begin and out[0].nbytes < _LARGE_NBYTES
@@ -438,6 +454,9 @@ class SortedWindows:
             start = self._start_list[i]
             top, bottom = max(start, first), min(start + length, stop)
             out[self._place_list[i], top - start : bottom - start] = rows[top - first : bottom - first]
+
+    def _asked(self, first: int, stop: int) -> NDArray[np.int64]:
+        return asked_rows(self._starts, self._length, np.arange(first, stop))
 
 
 def copy_runs(

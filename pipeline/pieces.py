@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline.columns import asked_rows, window_rows
 from pipeline.decoding import copy_runs
 from pipeline.plan import is_dense, joins
 from pipeline.preads import Reading
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.columns import Part, Selection
     from pipeline.layout import Borders
 
 
@@ -47,18 +50,28 @@ def read_by_runs(
     *,
     row_nbytes: int,
     slab_nbytes: int | None = None,
+    selection: Selection | None = None,
 ) -> Reading:
     """Read windows with a function that reads runs of rows; see `Reader.read_windows`.
 
     Parameters
     ----------
     slab_nbytes
-        Bytes of spans that are held at once, but for one window; None: all those of the task.
+        Bytes of rows that are held at once, but for one window; None: all those of the task.
+    selection
+        What is made of the rows that are read; None: nothing, so that windows that lie apart go straight to `out`.
     """
     ascending = np.argsort(starts, kind="stable")
     starts, places = starts[ascending], places[ascending]
     joined = joins(starts, length, row_nbytes)
     if not is_dense(joined):
+        if selection is not None:
+            nbytes_read, most = 0, _most_windows(slab_nbytes, length * row_nbytes, len(starts))
+            row_shape, dtype = selection.stored_shape, selection.stored_dtype
+            for numbers, block, nbytes in _read_apart(read_runs, starts, length, row_shape, dtype, most=most):
+                nbytes_read += nbytes
+                out[places[numbers]] = selection.take(block, partial(window_rows, starts[numbers], length))
+            return Reading(nbytes_read, 0.0)
         straight = Runs(starts, np.full(len(starts), length), places * length, np.zeros(len(starts), np.int64))
         return Reading(sum(read_runs(straight, out)), 0.0)
     # Windows overlap or nearly touch: each row is read once, and windows are copied in memory. The spans, one after the
@@ -70,14 +83,42 @@ def read_by_runs(
     slab = total if slab_nbytes is None else min(total, max(length, slab_nbytes // row_nbytes))
     tops = starts + np.repeat(offsets - first, np.diff(np.r_[begins, len(starts)]))
     ends = np.searchsorted((tops + before) // slab, np.arange(-(-total // slab) + 1)).tolist()
-    scratch = np.empty((before + slab, *out.shape[2:]), out.dtype)
+    scratch = read = np.empty((before + slab, *out.shape[2:]), out.dtype)
+    if selection is not None:
+        read = np.empty((before + slab, *selection.stored_shape), selection.stored_dtype)
     nbytes_read = 0
-    for number, nbytes in enumerate(read_runs(_cut_slabs(first, rows, offsets, slab, before), scratch)):
+    for number, nbytes in enumerate(read_runs(_cut_slabs(first, rows, offsets, slab, before), read)):
         nbytes_read += nbytes
+        if selection is not None:
+            held = slice(before, before + min(slab, total - number * slab))
+            begin = number * slab - before
+            scratch[held] = selection.take(read[held], partial(_span_rows, starts, length, first, offsets, held, begin))
         within = slice(ends[number], ends[number + 1])
         copy_runs(scratch, tops[within] - number * slab + before, length, out, places[within])
         scratch[:before] = scratch[slab:]
     return Reading(nbytes_read, 0.0)
+
+
+def _span_rows(
+    starts: NDArray[np.int64],
+    length: int,
+    first: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    held: slice,
+    begin: int,
+) -> NDArray[np.int64]:
+    """Matrix row of each of the rows that a slab holds, those that no window has as -1.
+
+    Parameters
+    ----------
+    first, offsets
+        (s,) first row of each span, and its offset where they follow one another.
+    begin
+        Offset of what would be row 0 of the slab.
+    """
+    offset = np.arange(held.start, held.stop) + begin
+    span = np.searchsorted(offsets, offset, side="right") - 1
+    return asked_rows(starts, length, first[span] + offset - offsets[span])
 
 
 class Slab(NamedTuple):
@@ -99,15 +140,20 @@ def read_in_slabs(
     *,
     row_nbytes: int,
     slab_nbytes: int,
+    selection: Selection | None = None,
 ) -> Iterator[Slab]:
     """Read windows with a function that reads runs of rows, about `slab_nbytes` of them at a time, by ascending start.
 
     For who copies them on: what was just read is in the cache still.
+
+    Parameters
+    ----------
+    row_shape, dtype
+        As delivered.
     """
     ascending = np.argsort(starts, kind="stable")
     starts = starts[ascending]
-    most = max(1, slab_nbytes // (length * row_nbytes))
-    begins = np.flatnonzero(np.r_[True, np.diff(starts) >= length])
+    most = _most_windows(slab_nbytes, length * row_nbytes, len(starts))
     if is_dense(joins(starts, length, row_nbytes)):
         # By spans of rows: those that windows of two parts share are read for each.
         most *= _DENSE_SLABS
@@ -117,10 +163,43 @@ def read_in_slabs(
             block = block[: len(part)]
             places = np.arange(len(part))
             reading = read_by_runs(
-                read_runs, part, length, block, places, row_nbytes=row_nbytes, slab_nbytes=slab_nbytes
+                read_runs,
+                part,
+                length,
+                block,
+                places,
+                row_nbytes=row_nbytes,
+                slab_nbytes=slab_nbytes,
+                selection=selection,
             )
             yield Slab(block, ascending[first : first + most], reading.nbytes)
         return
+    if selection is not None:
+        row_shape, dtype = selection.stored_shape, selection.stored_dtype
+    for numbers, read, nbytes in _read_apart(read_runs, starts, length, row_shape, dtype, most=most):
+        taken = read if selection is None else selection.take(read, partial(window_rows, starts[numbers], length))
+        yield Slab(taken, ascending[numbers], nbytes)
+
+
+def _most_windows(slab_nbytes: int | None, window_nbytes: int, count: int) -> int:
+    """Windows of a slab."""
+    return count if slab_nbytes is None else max(1, slab_nbytes // window_nbytes)
+
+
+def _read_apart(
+    read_runs: ReadRuns,
+    starts: NDArray[np.int64],
+    length: int,
+    row_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    most: int,
+) -> Iterator[tuple[slice, NDArray[Any], int]]:
+    """Read windows one by one, by ascending start, about `most` at a time, and yield which they are.
+
+    Each comes with its block, which is good until the next, and the bytes that were read.
+    """
+    begins = np.flatnonzero(np.r_[True, np.diff(starts) >= length])
     # Windows that overlap lie in one slab: else the second would begin before the first has ended, perhaps in a file
     # that is closed by then.
     cluster = np.repeat(begins, np.diff(np.r_[begins, len(starts)]))
@@ -130,8 +209,8 @@ def read_in_slabs(
     block = np.empty((int(np.diff(edges).max()), length, *row_shape), dtype)
     runs = Runs(starts, np.full(len(starts), length), within * length, slabs)
     for number, nbytes in enumerate(read_runs(runs, block)):
-        numbers = ascending[edges[number] : edges[number + 1]]
-        yield Slab(block[: len(numbers)], numbers, nbytes)
+        first, stop = int(edges[number]), int(edges[number + 1])
+        yield slice(first, stop), block[: stop - first], nbytes
 
 
 def _cut_slabs(
@@ -167,8 +246,37 @@ class Pieces:
         return Pieces(*(getattr(self, name)[order] for name in self.__slots__))
 
 
-def cut_pieces(extents: Borders, row_nbytes: int, runs: Runs) -> Pieces:
-    """Cut runs of rows at the borders of extents."""
+def cut_pieces(extents: Borders, row_nbytes: int, runs: Runs, part: Part | None = None) -> Pieces:
+    """Cut runs of rows at the borders of extents.
+
+    Parameters
+    ----------
+    part
+        What is read of each row, which is then a piece of its own; None: all of it.
+    """
+    pieces = _whole_pieces(extents, row_nbytes, runs) if part is None else _row_pieces(extents, row_nbytes, runs, part)
+    if (np.diff(pieces.file) < 0).any():
+        # Windows that cross into the next file, followed by windows that begin in this one.
+        pieces = pieces.take(np.argsort(pieces.file, kind="stable"))
+    return pieces
+
+
+def _row_pieces(extents: Borders, row_nbytes: int, runs: Runs, part: Part) -> Pieces:
+    run = np.repeat(np.arange(len(runs.first)), runs.rows)
+    step = np.arange(len(run)) - np.repeat(np.cumsum(runs.rows) - runs.rows, runs.rows)
+    row = runs.first[run] + step
+    extent = extents.find(row)
+    return Pieces(
+        file=extent // extents.file_extents,
+        extent=extent % extents.file_extents,
+        offset=(row - extents.first_rows(extent)) * row_nbytes + part.first,
+        nbytes=np.full(len(row), part.nbytes),
+        target=(runs.targets[run] + step) * part.nbytes,
+        slab=runs.slabs[run],
+    )
+
+
+def _whole_pieces(extents: Borders, row_nbytes: int, runs: Runs) -> Pieces:
     starts, rows, targets, slabs = runs
     first = extents.find(starts)
     counts = extents.find(starts + (rows - 1)) - first + 1
@@ -178,7 +286,7 @@ def cut_pieces(extents: Borders, row_nbytes: int, runs: Runs) -> Pieces:
     first_row = extents.first_rows(extent)
     row = np.maximum(starts[window], first_row)
     stop = np.minimum((starts + rows)[window], extents.first_rows(extent + 1))
-    pieces = Pieces(
+    return Pieces(
         file=extent // extents.file_extents,
         extent=extent % extents.file_extents,
         offset=(row - first_row) * row_nbytes,
@@ -186,7 +294,3 @@ def cut_pieces(extents: Borders, row_nbytes: int, runs: Runs) -> Pieces:
         target=((targets - starts)[window] + row) * row_nbytes,
         slab=slabs[window],
     )
-    if (np.diff(pieces.file) < 0).any():
-        # Windows that cross into the next file, followed by windows that begin in this one.
-        pieces = pieces.take(np.argsort(pieces.file, kind="stable"))
-    return pieces

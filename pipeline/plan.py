@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pipeline.columns import Part, Selection, select
 from pipeline.encoding import writing_nbytes
 from pipeline.errors import BudgetError
 from pipeline.keys import Keys
-from pipeline.matrix import Matrix, html_table
+from pipeline.markup import html_table
 from pipeline.memory import budget, held_nbytes, parse_size
 from pipeline.sizes import MIB, count_of, format_size
 from pipeline.starts import check_starts
@@ -18,7 +20,10 @@ from pipeline.starts import check_starts
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from numpy.typing import ArrayLike, NDArray
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from pipeline.matrix import Matrix
 
 Order = Literal["chunk", "request"]
 
@@ -49,6 +54,8 @@ IN_FLIGHT_NBYTES = 32 * MIB
 """Bytes of the requests to a store that a task has in flight."""
 _GET_USD = 0.4e-6
 """Public price of a GET request to S3, in us-east-1."""
+_PAGE_NBYTES = 4096
+"""What a disk reads at least of each row of which a part is read."""
 _PIECE_NBYTES = 256
 """Memory that a reader takes for its notes on each part of a window that lies in one chunk."""
 _PLANNED_NBYTES = 32
@@ -80,7 +87,8 @@ class Cost:
     """Bytes read: of storage where rows are read as they lie, gaps that are read with them included, checksums between
     them left aside; decoded ones where chunks are decoded."""
     amplification: float
-    """Bytes read divided by bytes that were asked for: less than 1 where windows overlap and each row is read once."""
+    """Bytes read divided by bytes that were asked for, as they are delivered: less than 1 where windows overlap and
+    each row is read once."""
     scratch_nbytes: int
     """Bytes of spans of rows that a task holds while it copies its windows; 0: windows are read alone."""
     requests: int
@@ -109,6 +117,8 @@ class Plan:
     """Cost of order `chunk`."""
     request: Cost
     """Cost of order `request`."""
+    selection: Selection
+    """What is delivered of each row, and as which dtype."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -116,14 +126,9 @@ class Plan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        mine = (self.matrix.path, self.matrix.shape, self.matrix.dtype, self.length, self.memory, self.task_windows)
-        others = (
-            other.matrix.path,
-            other.matrix.shape,
-            other.matrix.dtype,
-            other.length,
-            other.memory,
-            other.task_windows,
+        mine, others = (
+            (each.matrix.path, each.matrix.shape, each.length, each.memory, each.task_windows, each.selection)
+            for each in (self, other)
         )
         return mine == others and np.array_equal(self.starts, other.starts)
 
@@ -131,13 +136,23 @@ class Plan:
 
     @property
     def window_shape(self) -> tuple[int, ...]:
-        """(length, *row_shape)."""
-        return (self.length, *self.matrix.row_shape)
+        """(length, *row_shape), of the columns that were chosen."""
+        return (self.length, *self.selection.row_shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the windows as delivered."""
+        return self.selection.dtype
+
+    @property
+    def columns(self) -> slice | NDArray[np.int64] | None:
+        """Of the first axis of a row, in the order of the request: a slice, or numbers; None: all of them."""
+        return self.selection.columns
 
     @property
     def window_nbytes(self) -> int:
-        """Bytes of one window."""
-        return self.length * self.matrix.row_nbytes
+        """Bytes of one window as delivered."""
+        return self.length * self.selection.row_nbytes
 
     @property
     def nbytes(self) -> int:
@@ -153,16 +168,30 @@ class Plan:
     def reading_nbytes(self) -> int:
         """Memory that reading takes beside the windows themselves, a task: spans, ranges in flight, chunks decoded."""
         layout, length = self.matrix.layout, self.length
-        most = cut_windows(len(self), self.window_nbytes, most_nbytes=PLACED_NBYTES)
-        pieces = most * (2 + length // layout.chunk_rows)
+        part, left = self._reading()
+        holds = left is not None and layout.reader == "ranged"
+        most_nbytes = BLOCK_NBYTES if holds else PLACED_NBYTES
+        most = cut_windows(len(self), _cut_nbytes(self.matrix, self.selection, length), most_nbytes=most_nbytes)
+        pieces = most * (length if part is not None else 2 + length // layout.chunk_rows)
         bookkeeping = MIB + _PIECE_NBYTES * pieces + (IN_FLIGHT_NBYTES if isinstance(layout.files, Keys) else 0)
+        if left is not None and layout.reader != "decoded":
+            # Rows as they are read, those of them that are chosen, and their cast.
+            stored_nbytes = length * (self.matrix.row_nbytes if part is None else part.nbytes)
+            held = most * stored_nbytes if holds else max(SLAB_NBYTES, stored_nbytes)
+            bookkeeping += held + 2 * held * max(stored_nbytes, self.window_nbytes) // stored_nbytes
         if layout.reader != "decoded":
             return bookkeeping + max(self.chunk.scratch_nbytes, self.request.scratch_nbytes)
         # A chunk is decoded whole, the part of it that lies beyond the matrix, too.
         rows = max(layout.chunk_rows, min(self.matrix.rows, layout.chunk_rows + length))
         touched = rows * self.matrix.row_nbytes
         # Encoded bytes, what the codecs make of them on the way, and the rows.
-        return bookkeeping + 4 * max(touched, min(READ_NBYTES, self.block_nbytes))
+        wanted = min(self.task_windows, len(self)) * length * self.matrix.row_nbytes
+        return bookkeeping + (4 if left is None else 6) * max(touched, min(READ_NBYTES, wanted))
+
+    def _reading(self) -> tuple[Part | None, Selection | None]:
+        """Which part of each row is read alone, and what is made of what was read."""
+        part = find_part(self.matrix, self.selection)
+        return part, self.selection.within(part)
 
     def fit_tasks(self, *, threads: int, placed: bool) -> int:
         """Windows of a task where no shard binds them.
@@ -174,8 +203,11 @@ class Plan:
         placed
             Whether tasks put each window straight into its place: longer ones, then, unless they hold large spans.
         """
-        most = PLACED_NBYTES if placed and self.chunk.scratch_nbytes < BLOCK_NBYTES // 8 else BLOCK_NBYTES
-        return cut_windows(len(self), self.window_nbytes, fewest=_TASKS_PER_THREAD * threads, most_nbytes=most)
+        holds = self._reading()[1] is not None and self.matrix.layout.reader == "ranged"
+        short = holds or self.chunk.scratch_nbytes >= BLOCK_NBYTES // 8
+        most = PLACED_NBYTES if placed and not short else BLOCK_NBYTES
+        nbytes = _cut_nbytes(self.matrix, self.selection, self.length)
+        return cut_windows(len(self), nbytes, fewest=_TASKS_PER_THREAD * threads, most_nbytes=most)
 
     def cost(self, order: Order) -> Cost:
         """Cost of one order."""
@@ -217,6 +249,13 @@ class Plan:
             "windows": f"{len(self):,} of {self.length:,} rows, {format_size(self.window_nbytes)} each",
             "wanted": format_size(self.nbytes),
         }
+        if self.columns is not None:
+            how = "whole rows" if find_part(self.matrix, self.selection) is None else "them alone"
+            facts["columns"] = f"{self.selection.say()}; reads {how}"
+        if self.matrix.scaling:
+            facts["scaling"] = self.matrix.scaling
+        if self.selection.casts:
+            facts["dtype"] = f"{self.dtype}, cast from {self.matrix.dtype}"
         verb = "decodes" if self.matrix.layout.reader == "decoded" else "reads"
         for sink, cost in (("gather (order chunk)", self.chunk), ("store (order request)", self.request)):
             facts[sink] = (
@@ -239,59 +278,127 @@ class Plan:
             facts["crossings"] = f"{crossings:,} windows cross the border of two parts"
         return facts
 
+    def spread(self, bins: int = 100) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Tell how the windows are spread over the matrix, and what reading them in order `chunk` costs there.
+
+        Parameters
+        ----------
+        bins
+            Into so many runs of rows the matrix is cut, or fewer: a chunk that is decoded is in one.
+
+        Returns
+        -------
+        tuple of ndarray
+            (b + 1,) rows, the edges of the runs; (b,) bytes of the windows that start in each; (b,) bytes that are
+            read for them, as if each run were read alone, in proportion: `chunk.nbytes_read` in all.
+        """
+        rows, layout = self.matrix.rows, self.matrix.layout
+        step = -(-rows // max(1, min(bins, rows)))
+        if layout.reader == "decoded":
+            step = -(-step // layout.chunk_rows) * layout.chunk_rows
+        edges = np.append(np.arange(0, rows, step), rows)
+        ends = np.searchsorted(self.sorted_starts, edges)
+        read = np.zeros(len(edges) - 1)
+        for number, (first, stop) in enumerate(pairwise(ends.tolist())):
+            if first < stop:
+                starts, windows = self.sorted_starts[first:stop], min(self.task_windows, stop - first)
+                read[number] = _cost(self.matrix, self.selection, "chunk", starts, self.length, windows).nbytes_read
+        return edges, np.diff(ends) * self.window_nbytes, read * (self.chunk.nbytes_read / read.sum())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw where the windows lie in the matrix, and the bytes that they ask for and `gather` reads.
+
+        Parameters
+        ----------
+        ax
+            Axes of matplotlib. Default: of a new figure.
+
+        Raises
+        ------
+        InputError
+            If matplotlib is not installed.
+        """
+        from pipeline.plots import draw_spread
+
+        words = f"{count_of(len(self), 'window')} of {count_of(self.length, 'row')}"
+        factor = f"amplification {self.chunk.amplification:.2f}"
+        chunks = count_of(-(-self.matrix.rows // self.matrix.chunk_rows), "chunk")
+        how = "read in place" if self.matrix.array is None else f"{chunks} of {count_of(self.matrix.chunk_rows, 'row')}"
+        return draw_spread(*self.spread(), title=f"{words}, {factor}", xlabel=f"row of the matrix ({how})", ax=ax)
+
     def __repr__(self) -> str:
         facts = self.facts()
         width = max(map(len, facts))
         return "Plan\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in facts.items())
 
     def _repr_html_(self) -> str:
-        return html_table("Plan", self.facts())
+        return html_table("Plan", self.facts(), cost_bars(self.nbytes, self.chunk, self.request))
+
+
+def cost_bars(nbytes: int, chunk: Cost, request: Cost) -> dict[str, dict[str, float]]:
+    """Bars of the bytes that are asked for, and of those that each order reads, by the names of a plan's facts."""
+    return {
+        "wanted": {"asked": nbytes},
+        "gather (order chunk)": {"read": chunk.nbytes_read},
+        "store (order request)": {"read": request.nbytes_read},
+    }
 
 
 READ_NBYTES = 32 * MIB
 """Decoded bytes of adjacent chunks that are read in one call; one chunk alone may hold more."""
 
 
-def plan_windows(matrix: Matrix, starts: ArrayLike, *, length: int, memory: int | str | None = None) -> Plan:
-    """Plan the reading of windows `A[start:start + length]`; reads no data.
+class Ordered(NamedTuple):
+    """Starts that were checked, and the same sorted: members of a group share them."""
 
-    Parameters
-    ----------
-    matrix
-        As `open_matrix` gives it.
-    starts
-        (n,) whole numbers of any width, each in [0, rows - length]; in any order, repeated or overlapping.
-    length
-        Rows of a window, 1 to rows.
-    memory
-        Limit in bytes, or text such as "8GB", for all that the run holds; the machine's own limits hold beside it.
+    starts: NDArray[np.int64]
+    sorted_starts: NDArray[np.int64]
+    sorted_places: NDArray[np.int64]
 
-    Raises
-    ------
-    InputError
-        If a start, the length or the limit is no such number.
-    BudgetError
-        If so many windows cannot be planned in the memory that is free.
 
-    Examples
-    --------
-    >>> import numpy, pipeline
-    >>> folder = getfixture("tmp_path")
-    >>> numpy.save(folder / "A.npy", numpy.arange(600.0).reshape(300, 2))
-    >>> matrix = pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
-    >>> plan = pipeline.plan_windows(matrix, [200, 7, 7], length=16)
-    >>> len(plan), plan.nbytes, plan.chunk.tasks
-    (3, 768, 1)
-    """
-    length = matrix.check_length(length)
-    checked = check_starts(starts, rows=matrix.rows, length=length)
+def order_starts(starts: ArrayLike, *, rows: int, length: int) -> Ordered:
+    """Check starts, and sort them; the errors of `plan_windows`."""
+    checked = check_starts(starts, rows=rows, length=length)
     _check_fits(len(checked))
-    task_windows = cut_windows(len(checked), length * matrix.row_nbytes)
-    sorted_starts, places = _sort(checked, matrix.rows)
-    chunk = _cost(matrix, "chunk", sorted_starts, length, task_windows)
-    request = _cost(matrix, "request", checked, length, task_windows)
+    return Ordered(checked, *_sort(checked, rows))
+
+
+def plan_single(
+    matrix: Matrix,
+    ordered: Ordered,
+    *,
+    length: int,
+    memory: int | str | None = None,
+    columns: slice | ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> Plan:
+    """Plan the windows of one matrix; see `plan_windows`, which checks `length`."""
+    starts, sorted_starts, places = ordered
+    selection = select(matrix.row_shape, matrix.dtype, columns=columns, dtype=dtype)
+    task_windows = cut_windows(len(starts), _cut_nbytes(matrix, selection, length))
+    chunk = _cost(matrix, selection, "chunk", sorted_starts, length, task_windows)
+    request = _cost(matrix, selection, "request", starts, length, task_windows)
     limit = None if memory is None else parse_size(memory)
-    return Plan(matrix, checked, length, limit, task_windows, sorted_starts, places, chunk, request)
+    return Plan(matrix, starts, length, limit, task_windows, sorted_starts, places, chunk, request, selection)
+
+
+def find_part(matrix: Matrix, selection: Selection) -> Part | None:
+    """Return the bytes of each row that are read alone; None where whole rows are read, since that is less work.
+
+    So it is where the gap between two rows' parts is no longer than what is read with them anyway.
+    """
+    part, layout = selection.part, matrix.layout
+    if part is None or layout.reader == "decoded":
+        return None
+    gap = JOINED_NBYTES if isinstance(layout.files, Keys) else GAP_NBYTES
+    return part if matrix.row_nbytes - part.nbytes > gap else None
+
+
+def _cut_nbytes(matrix: Matrix, selection: Selection, length: int) -> int:
+    """Bytes of a window that bound a task: delivered, or read, whichever are more."""
+    part = find_part(matrix, selection)
+    read = matrix.row_nbytes if part is None else max(_PAGE_NBYTES, part.nbytes)
+    return length * max(read, selection.row_nbytes)
 
 
 def _check_fits(count: int) -> None:
@@ -373,8 +480,13 @@ def _count_cuts(rows: Any, row_nbytes: int) -> Any:
     return -(-rows * row_nbytes // REQUEST_NBYTES)
 
 
-def _cost(matrix: Matrix, order: Order, ordered: NDArray[np.int64], length: int, task_windows: int) -> Cost:
+def _cost(
+    matrix: Matrix, selection: Selection, order: Order, ordered: NDArray[np.int64], length: int, task_windows: int
+) -> Cost:
     layout, row_nbytes = matrix.layout, matrix.row_nbytes
+    part = find_part(matrix, selection)
+    part_nbytes = row_nbytes if part is None else part.nbytes
+    held_nbytes = part_nbytes + (0 if selection.within(part) is None else selection.row_nbytes)
     chunks = nbytes = scratch = requests = 0
     for tasks in _stretches(ordered, task_windows):
         ascending = tasks if order == "chunk" else np.sort(tasks, axis=1)
@@ -387,16 +499,16 @@ def _cost(matrix: Matrix, order: Order, ordered: NDArray[np.int64], length: int,
         rows, held = _count_rows(ascending, length, row_nbytes)
         if layout.reader == "ranged":
             rows, asked = _count_ranged(ascending, length, row_nbytes, layout.file_rows)
-            requests += asked
+            requests += asked if part is None else rows * _count_cuts(1, part_nbytes)
         else:
             held = min(held, SLAB_NBYTES // row_nbytes + 2 * length)
-        nbytes += rows * row_nbytes
-        scratch = max(scratch, held * row_nbytes)
+        nbytes += rows * part_nbytes
+        scratch = max(scratch, held * held_nbytes)
         if layout.files.index is not None:
             files = count_touched(ascending, length, layout.file_rows)
             nbytes += files * layout.files.index.nbytes
             requests += files
-    wanted = len(ordered) * length * row_nbytes
+    wanted = len(ordered) * length * selection.row_nbytes
     if not isinstance(layout.files, Keys):
         requests = 0
     return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted, scratch, requests)

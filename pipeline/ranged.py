@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.columns import Part, Selection
     from pipeline.keys import Keys
     from pipeline.pieces import Runs
     from pipeline.preads import Reading
@@ -46,17 +47,24 @@ class RangedReader:
 
     keys: Keys
     row_nbytes: int
+    """As stored."""
+    part: Part | None = None
+    """What is read of each row; None: all of it."""
+    selection: Selection | None = None
+    """What is made of what was read; None: nothing."""
 
     def read_windows(
         self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]
     ) -> Reading:
         """Read windows; see `Reader.read_windows`."""
-        return read_by_runs(self._read_runs, starts, length, out, places, row_nbytes=self.row_nbytes)
+        return read_by_runs(
+            self._read_runs, starts, length, out, places, row_nbytes=self.row_nbytes, selection=self.selection
+        )
 
     def _read_runs(self, runs: Runs, out: NDArray[Any]) -> Iterator[int]:
         """Read runs of rows, all in one slab; see `ReadRuns`."""
         target = out.reshape(-1).view(np.uint8)
-        pieces = cut_pieces(self.keys, self.row_nbytes, runs)
+        pieces = cut_pieces(self.keys, self.row_nbytes, runs, self.part)
         bases, nbytes_read = self._locate(pieces.file, pieces.extent)
         offsets = bases + pieces.offset
         order = np.lexsort((offsets + pieces.nbytes, offsets, pieces.file))

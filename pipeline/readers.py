@@ -17,7 +17,7 @@ from pipeline.decoding import decoding_reader
 from pipeline.keys import Keys
 from pipeline.layout import Extents, Files, PlainFiles
 from pipeline.pieces import cut_pieces, read_by_runs, read_in_slabs
-from pipeline.plan import SLAB_NBYTES
+from pipeline.plan import SLAB_NBYTES, find_part
 from pipeline.preads import announce, open_file, read_fully
 from pipeline.ranged import RangedReader
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.columns import Part, Selection
     from pipeline.matrix import Matrix
     from pipeline.pieces import Pieces, Runs, Slab
     from pipeline.preads import Reading
@@ -51,7 +52,8 @@ class Reader(Protocol):
         length
             Rows of a window.
         out
-            (n, length, *row_shape), of the matrix's dtype, C-contiguous, writable; the caller's.
+            (n, length, *row_shape), of the dtype and the columns that are delivered, C-contiguous, writable; the
+            caller's.
         places
             (k,) positions along the first axis of `out`, each at most once.
 
@@ -63,23 +65,31 @@ class Reader(Protocol):
         Raises
         ------
         IntegrityError
-            If a chunk is absent, short or corrupt.
+            If a chunk is absent, short or corrupt; if a cast would lose a value.
         """
         ...
 
 
-def choose_reader(matrix: Matrix, *, row: int) -> Reader:
-    """Return the reader that serves the matrix's layout; it may read the chunk of `row`, to see that it can."""
+def choose_reader(matrix: Matrix, *, row: int, selection: Selection | None = None) -> Reader:
+    """Return the reader that serves the matrix's layout; it may read the chunk of `row`, to see that it can.
+
+    Parameters
+    ----------
+    selection
+        What it delivers of each row; None: all of it, as it is.
+    """
+    part = None if selection is None else find_part(matrix, selection)
+    selection = None if selection is None else selection.within(part)
     layout, files = matrix.layout, matrix.layout.files
     if isinstance(files, Keys):
         files = replace(files, run=uuid.uuid4().hex, array=without_attributes(files.array))
     if isinstance(files, PlainFiles) or (layout.reader == "direct" and isinstance(files, Files)):
-        return DirectReader(files, matrix.row_nbytes, CHECKSUM_NBYTES if layout.chunk_checksum else 0)
+        return DirectReader(files, matrix.row_nbytes, CHECKSUM_NBYTES if layout.chunk_checksum else 0, part, selection)
     if layout.reader == "ranged" and isinstance(files, Keys):
-        return RangedReader(files, matrix.row_nbytes)
+        return RangedReader(files, matrix.row_nbytes, part, selection)
     assert matrix.array is not None
     array = files.array if isinstance(files, Keys) else without_attributes(matrix.array)
-    return decoding_reader(array, files, layout.chunk_rows, matrix.row_nbytes, row=row)
+    return replace(decoding_reader(array, files, layout.chunk_rows, matrix.row_nbytes, row=row), selection=selection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +102,26 @@ class DirectReader:
 
     files: Extents
     row_nbytes: int
+    """As stored."""
     checksum_nbytes: int
+    part: Part | None = None
+    """What is read of each row; None: all of it."""
+    selection: Selection | None = None
+    """What is made of what was read; None: nothing."""
 
     def read_windows(
         self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]
     ) -> Reading:
         """Read windows; see `Reader.read_windows`."""
         return read_by_runs(
-            self._read_runs, starts, length, out, places, row_nbytes=self.row_nbytes, slab_nbytes=SLAB_NBYTES
+            self._read_runs,
+            starts,
+            length,
+            out,
+            places,
+            row_nbytes=self.row_nbytes,
+            slab_nbytes=SLAB_NBYTES,
+            selection=self.selection,
         )
 
     def read_slabs(
@@ -107,13 +129,20 @@ class DirectReader:
     ) -> Iterator[Slab]:
         """Read windows, some at a time; see `read_in_slabs`."""
         return read_in_slabs(
-            self._read_runs, starts, length, row_shape, dtype, row_nbytes=self.row_nbytes, slab_nbytes=SLAB_NBYTES
+            self._read_runs,
+            starts,
+            length,
+            row_shape,
+            dtype,
+            row_nbytes=self.row_nbytes,
+            slab_nbytes=SLAB_NBYTES,
+            selection=self.selection,
         )
 
     def _read_runs(self, runs: Runs, out: NDArray[Any]) -> Iterator[int]:
         """Read runs of rows; see `ReadRuns`."""
         target = memoryview(out.reshape(-1).view(np.uint8))
-        pieces = cut_pieces(self.files, self.row_nbytes, runs)
+        pieces = cut_pieces(self.files, self.row_nbytes, runs, self.part)
         slab = nbytes_read = 0
         borders = np.flatnonzero(np.diff(pieces.file)) + 1
         edges = [0, *borders.tolist(), len(pieces.file)]

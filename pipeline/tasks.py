@@ -12,10 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dask import delayed
 
 from pipeline.arrays import check_decodable
+from pipeline.columns import find_lost
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
+from pipeline.groupplan import GroupPlan
 from pipeline.readers import DirectReader, choose_reader
 from pipeline.sizes import count_of
 from pipeline.sources import is_numeric
@@ -143,14 +144,14 @@ def prepare_work(plan: Plan, apply: Apply | None) -> Work:
     """Gather what tasks share; `apply` is probed on the first window, so that its result's shape is known."""
     if plan.matrix.array is not None and plan.matrix.layout.reader == "decoded":
         check_decodable(plan.matrix.array, plan.matrix.path)
-    reader = choose_reader(plan.matrix, row=int(plan.starts[0]))
-    result = BlockShape(plan.window_shape, plan.matrix.dtype)
-    work = Work(reader, plan.length, plan.window_shape, plan.matrix.dtype, None, result)
+    reader = choose_reader(plan.matrix, row=int(plan.starts[0]), selection=plan.selection)
+    result = BlockShape(plan.window_shape, plan.dtype)
+    work = Work(reader, plan.length, plan.window_shape, plan.dtype, None, result)
     if apply is None:
         return work
     if not callable(apply):
         raise InputError(f"apply is a function of one block; got {apply!r}; give a callable")
-    block = np.empty((1, *plan.window_shape), plan.matrix.dtype)
+    block = np.empty((1, *plan.window_shape), plan.dtype)
     reader.read_windows(plan.starts[:1], plan.length, block, np.zeros(1, np.int64))
     probed = call_apply(apply, block, int(plan.starts[0]), 0)
     if not is_numeric(probed.dtype) or not probed.size:
@@ -221,24 +222,11 @@ def cast_result(made: NDArray[Any], result: BlockShape, start: int, place: int) 
         return made
     with np.errstate(over="ignore"):
         cast = made.astype(result.dtype)
-    if (lost := _lost_value(made, cast)) is not None:
-        raise IntegrityError(f"{rule} {made.dtype} with {lost}, which {result.dtype} does not hold; convert them all")
+    if (lost := find_lost(made, cast)) is not None:
+        raise IntegrityError(
+            f"{rule} {made.dtype} with {made[lost][0]}, which {result.dtype} does not hold; convert them all"
+        )
     return cast
-
-
-def _lost_value(made: NDArray[Any], cast: NDArray[Any]) -> Any:
-    """Return a value that a `same_kind` cast has changed by more than rounding, or None."""
-    if made.dtype.kind in "iu":
-        if cast.dtype.kind in "iu":
-            lowest, highest = int(np.iinfo(cast.dtype).min), int(np.iinfo(cast.dtype).max)
-        else:
-            highest = 2 ** (np.finfo(cast.dtype).nmant + 1)
-            lowest = -highest
-        return next((each for each in (int(made.min()), int(made.max())) if not lowest <= each <= highest), None)
-    if made.dtype.kind not in "fc":
-        return None
-    lost = np.isfinite(made) & ~np.isfinite(cast)
-    return made[lost][0] if lost.any() else None
 
 
 def read_windows(work: Work, task: Task, out: NDArray[Any], places: NDArray[np.int64]) -> Receipt:
@@ -348,6 +336,9 @@ def build_tasks(plan: Plan, *, apply: Apply | None = None, order: Order = "chunk
     >>> places, block.shape
     (array([1, 0]), (2, 16, 2))
     """
+    if isinstance(plan, GroupPlan):
+        names = ", ".join(plan.members)
+        raise InputError(f"tasks are of one array; the plan has {names}; build those of each of plan.members")
     work = prepare_work(plan, apply)
     return list(name_tasks("windows", return_block, ((work, task) for task in plan.tasks(check_order(order)))))
 
@@ -412,6 +403,9 @@ def name_tasks(stage: str, function: Callable[..., Any], arguments: Iterable[tup
 
     Their keys put them in one row of the dashboard, named by stage.
     """
+    # Who reads without Dask, such as a loader's worker, need not wait for it.
+    from dask import delayed
+
     run = uuid.uuid4().hex[:8]
     for number, each in enumerate(arguments):
         # Dask looks through the arguments of a call for what it should compute first, and takes dataclasses apart for
