@@ -27,6 +27,7 @@ from pipeline.options import (
     common,
     connecting,
     in_place,
+    member_option,
     memory_option,
     option,
     overwrite_option,
@@ -48,12 +49,14 @@ from pipeline.wording import (
     report_plan,
     report_run,
     say_problems,
+    say_scaling,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pipeline.collect import Gathering
+    from pipeline.collect import Gathering, GroupGathering
+    from pipeline.matrices import MatrixGroup
     from pipeline.matrix import Matrix
     from pipeline.report import Watch
     from pipeline.writeback import Storing
@@ -283,21 +286,31 @@ def create(
 )
 @click.argument("matrix", metavar="MATRIX", shell_complete=complete_files)
 @in_place
+@member_option
 @option("--length", type=int, default=16, show_default=True, help="Rows of a window.")
 @common
 def info(
-    matrix: str, dtype: str | None, row_shape: str | None, dataset: str | None, length: int, *, as_json: bool, **_: bool
+    matrix: str,
+    dtype: str | None,
+    row_shape: str | None,
+    dataset: str | None,
+    *,
+    members: tuple[str, ...],
+    length: int,
+    as_json: bool,
+    **_: bool,
 ) -> None:
     """Say what a matrix is, and what a window costs.
 
-    MATRIX is a Zarr array; or an .npy, raw binary (with --dtype and --row-shape) or HDF5 with a contiguous data set
-    (A.h5::dataset, or --dataset), read in place.
+    MATRIX is a Zarr array, or a group of arrays that share rows; or an .npy, raw binary (with --dtype and
+    --row-shape) or HDF5 with a contiguous data set (A.h5::dataset, or --dataset), read in place.
     """
     with _loading():
         from pipeline.request import open_named
 
-        opened = open_named(matrix, dtype, row_shape, dataset)
-    _report(*report_matrix(opened, opened.check_length(length)), as_json=as_json)
+        opened = open_named(matrix, dtype, row_shape, dataset, members=members)
+        length = opened.check_length(length)
+    _report(*report_matrix(opened, length), as_json=as_json)
 
 
 @cli.command(examples=("pipeline plan A.zarr --count 10000 --length 16 --out windows.zarr",))
@@ -328,8 +341,9 @@ def run(
 ) -> None:
     """Read windows into an array, an .npy or Zarr.
 
-    MATRIX is a Zarr array; or an .npy, raw binary (with --dtype and --row-shape) or HDF5 with a contiguous data set
-    (A.h5::dataset, or --dataset), read in place. Without --out the windows are read and measured, and not kept.
+    MATRIX is a Zarr array, or a group of arrays that share rows; or an .npy, raw binary (with --dtype and
+    --row-shape) or HDF5 with a contiguous data set (A.h5::dataset, or --dataset), read in place. Without --out the
+    windows are read and measured, and not kept.
     """
     begin = time.perf_counter()
     with _loading(), _foreign_output_diverted():
@@ -347,6 +361,8 @@ def run(
         started = time.perf_counter()
         threads = count_threads(active_client())
         with _shown("windows", quiet=quiet) as watch:
+            for line in say_scaling(matrix):
+                watch.say(line)
             sink.run(watch)
         ended = time.perf_counter()
     measures = Measures(begin, ready, started, ended, peak.nbytes, link)
@@ -452,11 +468,11 @@ def demo(directory: str | None, *, where: dict[str, Any], as_json: bool, quiet: 
 @click.argument("directory", metavar="[DIR]", required=False, shell_complete=complete_files)
 @option(
     "--scenario",
-    type=click.Choice(["seed", "compressed", "small", "store", "create", "clusters"]),
+    type=click.Choice(["seed", "compressed", "small", "store", "create", "clusters", "batches"]),
     default="seed",
     show_default=True,
     help="The seed's windows into an array; compressed; many small ones; into Zarr; a matrix of a file; the seed's "
-    "windows by this project alone, on several clusters.",
+    "windows by this project alone, on several clusters; batches.",
 )
 @option(
     "--rows",
@@ -504,12 +520,14 @@ def config(*, where: dict[str, Any], memory: str | None, as_json: bool, **_: boo
     _report(*report_settings(collect_settings(where, told, memory=memory, variables=variables)), as_json=as_json)
 
 
-def _prepare(**arguments: Any) -> tuple[Matrix, Gathering | Storing]:
+def _prepare(**arguments: Any) -> tuple[Matrix | MatrixGroup, Gathering | GroupGathering | Storing]:
     """Do all of a run that comes before its cluster."""
     from pipeline.request import prepare_request
 
     if arguments["starts"] is not None:
-        _refuse_given("count", "seed", "within", beside="--starts")
+        _refuse_given("count", "seed", "stride", "within", "split", "part", "split_by", "split_seed", beside="--starts")
+    if arguments["stride"] is not None:
+        _refuse_given("count", "seed", beside="--stride")
     return prepare_request(**arguments)
 
 
@@ -536,7 +554,7 @@ def _refuse_given(*names: str, beside: str) -> None:
     context = click.get_current_context()
     for name in names:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise InputError(f"{beside} names every window; got --{name}, too; drop one of the two")
+            raise InputError(f"{beside} names every window; got --{name.replace('_', '-')}, too; drop one of the two")
 
 
 @contextlib.contextmanager

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.cluster import check_client
 from pipeline.errors import InputError, IntegrityError
+from pipeline.groupplan import GroupPlan, by_member
 from pipeline.identity import name_function
 from pipeline.journal import Request, digest_array
 from pipeline.locations import locate
 from pipeline.npy import create_npy, map_npy, mark_npy, reopen_npy
 from pipeline.placing import file_array, fill_array, is_large, new_array, own_array
 from pipeline.record import record_entries
-from pipeline.report import Watch
+from pipeline.report import watched
 from pipeline.sights import matrix_sights
 from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
 from pipeline.stamps import stamp_matrix
-from pipeline.tasks import Apply, Receipt, Work, check_apply_travels, prepare_work
+from pipeline.tasks import Apply, BlockShape, Receipt, Work, check_apply_travels, prepare_work
 from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from pipeline.capacity import Footprint
     from pipeline.plan import Cost, Plan
+    from pipeline.report import Watch
     from pipeline.staging import Stage
     from pipeline.stamps import Stamp
     from pipeline.workers import Survey
@@ -38,6 +43,7 @@ _FLUSH_SHARE = 4
 """Seconds of work for each second that flushing an `.npy` took, before the next: its pages lie scattered."""
 
 
+@overload
 def gather(
     plan: Plan,
     *,
@@ -45,8 +51,27 @@ def gather(
     out: NDArray[Any] | str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-) -> NDArray[Any]:
-    """Read every window into one array, in request order.
+) -> NDArray[Any]: ...
+
+
+@overload
+def gather(
+    plan: GroupPlan,
+    *,
+    apply: Mapping[str, Apply] | None = None,
+    out: Mapping[str, NDArray[Any]] | None = None,
+) -> dict[str, NDArray[Any]]: ...
+
+
+def gather(
+    plan: Plan | GroupPlan,
+    *,
+    apply: Apply | Mapping[str, Apply] | None = None,
+    out: NDArray[Any] | Mapping[str, NDArray[Any]] | str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    """Read every window into one array, or one for each member of a group, in request order.
 
     Tasks run on the active `distributed.Client`, else on Dask's threaded scheduler. Workers on this host write straight
     into the array; others send their blocks, of which only a bounded number is held.
@@ -57,11 +82,12 @@ def gather(
         As `plan_windows` gives it.
     apply
         Function of one block (k, length, *row_shape) -> (k, ...), each window for itself; k is unspecified. It runs
-        on the workers. Default: the windows as they are.
+        on the workers. Default: the windows as they are. Of a `GroupPlan`: a mapping of names to such functions; the
+        windows of arrays that it does not name stay as they are.
     out
         An array to fill, of the result's shape and dtype and C-contiguous; or the path of an `.npy` file, which
         appears only when it is complete, and whose memory map is returned: what is written into that stays in memory.
-        Default: a new array.
+        Default: a new array. Of a `GroupPlan`: a mapping of names to arrays to fill; others are new.
     resume
         Whether to go on where an interrupted run of the same request ended; nothing is done where it is finished.
     overwrite
@@ -71,12 +97,12 @@ def gather(
     -------
     ndarray
         (n, length, *row_shape), or (n, ...) as `apply` made it. Where other processes on this host filled it, a child
-        that is forked writes into the same memory as its parent.
+        that is forked writes into the same memory as its parent. Of a `GroupPlan` a dict of such arrays, by name.
 
     Raises
     ------
     BudgetError
-        If the result does not fit the memory budget; nothing is allocated.
+        If the result, all arrays together, does not fit the memory budget; nothing is allocated.
     IntegrityError
         If a chunk is absent, short or corrupt, or `apply` breaks its contract.
     OutputExistsError
@@ -93,8 +119,17 @@ def gather(
     (2, 16, 2)
     >>> pipeline.gather(plan, apply=lambda block: block.mean(axis=(1, 2)))
     array([415.5,  29.5])
+
+    Of several arrays that share rows:
+
+    >>> both = pipeline.open_matrix({"features": folder / "A.zarr", "means": folder / "A.npy"})
+    >>> plan = pipeline.plan_windows(both, [200, 7], length=16)
+    >>> {name: each.shape for name, each in pipeline.gather(plan, apply={"means": lambda x: x.mean(axis=1)}).items()}
+    {'features': (2, 16, 2), 'means': (2, 2)}
     """
-    return prepare_gathering(plan, apply=apply, out=out, resume=resume, overwrite=overwrite).run(Watch())
+    gathering = prepare_gathering(plan, apply=apply, out=out, resume=resume, overwrite=overwrite)
+    with watched("gather") as watch:
+        return gathering.run(watch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +152,11 @@ class Gathering:
         return (len(self.plan), *self.work.result.shape)
 
     @property
+    def results(self) -> dict[str, BlockShape]:
+        """What one window gives, by the name of its array."""
+        return {"windows": self.work.result}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the result."""
         return len(self.plan) * self.work.result.nbytes
@@ -136,9 +176,21 @@ class Gathering:
         survey
             Of the workers; None: those of this machine, before they were asked.
         """
-        plan, work, client = self.plan, self.work, active_client()
+        client = active_client()
         if client is not None:
             check_client(client)
+        each = self.task_nbytes(windows, survey)
+        held = self.nbytes if self.out is None else 0
+        way_out = (
+            "write it to disk with --out X.npy or X.zarr (out= of gather, or store)" if held else "raise the limit"
+        )
+        what = f"the array of {len(self.plan):,} windows" if held else "one task"
+        limit = self.plan.memory
+        return fit_memory(each, limit, threads=count_threads(client), held=held, what=what, way_out=way_out)
+
+    def task_nbytes(self, windows: int | None, survey: Survey | None) -> int:
+        """Memory of one task on this machine; `windows` and `survey` as for `footprint`."""
+        plan, work = self.plan, self.work
         windows = min(windows or plan.task_windows, len(plan))
         block, elsewhere = windows * work.result.nbytes, survey is not None and not survey.in_process
         each = 0
@@ -154,12 +206,7 @@ class Gathering:
             if not (placed and is_large(self.shape, work.result.dtype)):
                 # What the client copies to its place.
                 each += block
-        held = self.nbytes if self.out is None else 0
-        way_out = (
-            "write it to disk with --out X.npy or X.zarr (out= of gather, or store)" if held else "raise the limit"
-        )
-        what = f"the array of {len(plan):,} windows" if held else "one task"
-        return fit_memory(each, plan.memory, threads=count_threads(client), held=held, what=what, way_out=way_out)
+        return each
 
     def request(self) -> Request:
         """What decides the bytes of the file."""
@@ -168,6 +215,7 @@ class Gathering:
             "matrix": self.stamp.digest,
             "starts": digest_array(self.plan.starts),
             "length": str(self.plan.length),
+            **self.plan.selection.facts(),
             "apply": name_function(self.work.apply),
             "result": f"{self.shape} {self.work.result.dtype.str}",
         }
@@ -180,10 +228,10 @@ class Gathering:
         footprint = self.footprint(survey=survey)
         if not survey.in_process:
             check_apply_travels(self.work)
-        placed = survey.in_process and self.work.apply is None
-        windows = plan.fit_tasks(threads=count_threads(active_client()), placed=placed)
+        windows = self.fit_tasks(survey)
         if not isinstance(self.out, Path):
-            out = self._fill(survey, watch, windows, footprint.fits)
+            watch.begin(plan.count_tasks(windows), len(plan), plan.nbytes)
+            out = self.fill(survey, watch, windows, footprint.fits, span="array")
             self.stamp.check()
             return out
         request = self.request()
@@ -196,16 +244,20 @@ class Gathering:
                 mark_npy(stage.output, request.digest)
         return map_npy(self.place, "c")
 
-    def _fill(self, survey: Survey, watch: Watch, windows: int, at_once: int) -> NDArray[Any]:
-        """Fill an array in memory by tasks of so many windows."""
+    def fit_tasks(self, survey: Survey) -> int:
+        """Windows of a task."""
+        placed = survey.in_process and self.work.apply is None
+        return self.plan.fit_tasks(threads=count_threads(active_client()), placed=placed)
+
+    def fill(self, survey: Survey, watch: Watch, windows: int, at_once: int, *, span: str) -> NDArray[Any]:
+        """Fill an array in memory by tasks of so many windows; `span` names it on the dashboard."""
         if isinstance(self.out, np.ndarray):
             destination = own_array(self.out, survey, step=windows)
         else:
             destination = new_array(self.shape, self.work.result.dtype, survey, step=windows)
         cut = list(self.plan.tasks("chunk", windows=windows))
-        watch.begin(len(cut), len(self.plan), self.plan.nbytes)
         try:
-            watched = {"span": ("pipeline", "gather", "array"), "retried": watch.task_retried}
+            watched = {"span": ("pipeline", "gather", span), "retried": watch.task_retried}
             for receipt in fill_array(destination, self.work, cut, survey, at_once=at_once, **watched):
                 watch.task_done(receipt)
         except BaseException:
@@ -269,10 +321,111 @@ def _flush(
         watch.task_done(receipt)
 
 
+@dataclass(frozen=True, slots=True)
+class GroupGathering:
+    """A `gather` of several arrays that was checked and may begin. Made by `prepare_gathering`."""
+
+    plan: GroupPlan
+    members: dict[str, Gathering]
+
+    @property
+    def out(self) -> None:
+        """Results are arrays in memory."""
+        return
+
+    @property
+    def results(self) -> dict[str, BlockShape]:
+        """What one window gives, by the name of its array."""
+        return {name: each.work.result for name, each in self.members.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the results."""
+        return sum(each.nbytes for each in self.members.values())
+
+    @property
+    def cost(self) -> Cost:
+        """What reading costs."""
+        return self.plan.chunk
+
+    def footprint(self, survey: Survey | None = None) -> Footprint:
+        """Memory of the run on this machine, as if all tasks were of the array whose tasks take most.
+
+        Raises
+        ------
+        BudgetError
+            Where the results do not fit together.
+        """
+        client = active_client()
+        if client is not None:
+            check_client(client)
+        each = max(member.task_nbytes(None, survey) for member in self.members.values())
+        held = sum(member.nbytes for member in self.members.values() if member.out is None)
+        what = f"{len(self.members)} arrays of {len(self.plan):,} windows" if held else "one task"
+        way_out = "write them to disk with --out X.zarr (store)" if held else "raise the limit"
+        limit = self.plan.memory
+        return fit_memory(each, limit, threads=count_threads(client), held=held, what=what, way_out=way_out)
+
+    def run(self, watch: Watch) -> dict[str, NDArray[Any]]:
+        """Read the windows of one array after the other, telling `watch` of every task that is done."""
+        members = self.members.values()
+        sights = [sight for member in members for sight in matrix_sights(member.plan.matrix)]
+        survey = survey_workers(sights, say=watch.say, reach=True)
+        at_once = self.footprint(survey).fits
+        if not survey.in_process:
+            for member in members:
+                check_apply_travels(member.work)
+        cuts = {name: member.fit_tasks(survey) for name, member in self.members.items()}
+        tasks = sum(member.plan.count_tasks(cuts[name]) for name, member in self.members.items())
+        watch.begin(tasks, len(self.plan) * len(self.members), self.plan.nbytes)
+        made = {
+            name: member.fill(survey, watch, cuts[name], at_once, span=name) for name, member in self.members.items()
+        }
+        for member in members:
+            member.stamp.check()
+        return made
+
+
 def prepare_gathering(
+    plan: Plan | GroupPlan,
+    *,
+    apply: Apply | Mapping[str, Apply] | None,
+    out: NDArray[Any] | Mapping[str, NDArray[Any]] | str | Path | None,
+    resume: bool,
+    overwrite: bool,
+) -> Gathering | GroupGathering:
+    """Check everything that `gather` needs before it begins: files, `apply`, destination, memory."""
+    if isinstance(plan, GroupPlan):
+        return _prepare_group(plan, apply, out, resume=resume)
+    given: Any = {"apply": apply, "out": out}
+    gathering = _prepare_single(plan, **given, resume=resume, overwrite=overwrite)
+    gathering.footprint()
+    return gathering
+
+
+def _prepare_group(plan: GroupPlan, apply: Any, out: Any, *, resume: bool) -> GroupGathering:
+    if isinstance(out, str | Path):
+        raise InputError(f"several arrays go into a Zarr group; got {out}; name it X.zarr and use store")
+    applies, outs = by_member(apply, plan.members, "apply"), by_member(out, plan.members, "out")
+    for name, array in outs.items():
+        if not isinstance(array, np.ndarray | None):
+            raise InputError(f"out is a mapping of names to arrays; got {array!r} for {name}; give a NumPy array")
+    for (name, first), (other, second) in combinations(outs.items(), 2):
+        if first is not None and second is not None and np.may_share_memory(first, second):
+            raise InputError(f"each array is filled alone; those for {name} and {other} share memory; give two")
+    members = {
+        name: _prepare_single(each, apply=applies[name], out=outs[name], resume=resume, overwrite=False)
+        for name, each in plan.members.items()
+    }
+    gathering = GroupGathering(plan, members)
+    gathering.footprint()
+    return gathering
+
+
+def _prepare_single(
     plan: Plan, *, apply: Apply | None, out: NDArray[Any] | str | Path | None, resume: bool, overwrite: bool
 ) -> Gathering:
-    """Check everything that `gather` needs before it begins: files, `apply`, destination, memory."""
+    """Check all but the memory."""
     place = Path()
     if isinstance(out, str | Path):
         location = locate(out)
@@ -303,5 +456,4 @@ def prepare_gathering(
         )
     if isinstance(out, Path) and not (resume and is_result(place, gathering.request())):
         check_destination(place, nbytes=gathering.nbytes, resume=resume, overwrite=overwrite)
-    gathering.footprint()
     return gathering

@@ -10,8 +10,8 @@ import numpy as np
 from pipeline.collect import gather
 from pipeline.create import create_matrix
 from pipeline.errors import IntegrityError
+from pipeline.groupplan import plan_windows
 from pipeline.journal import Request
-from pipeline.plan import plan_windows
 from pipeline.sizes import MIB, format_size
 from pipeline.staging import check_destination, stage_output
 from pipeline.starts import draw_starts

@@ -38,6 +38,8 @@ class Claim:
     """Name of what is made; runs that go on with it keep it."""
     beside: bool = False
     """Objects of a run of another request lie at the final keys, unfinished."""
+    arrays: list[str] = field(default_factory=list)
+    """Names of arrays of its own that it, or what lies beside, has at the final keys."""
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     holder: dict[str, Any] = field(default_factory=dict)
     """Who it is, for the message of another."""
@@ -59,6 +61,7 @@ class Claim:
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         sound = isinstance(claim.facts, dict) and isinstance(claim.cut, int) and claim.cut > 0
+        sound = sound and isinstance(claim.arrays, list) and all(isinstance(each, str) for each in claim.arrays)
         return claim if sound and isinstance(claim.making, str) and isinstance(claim.holder, dict) else None
 
     @property

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.arrays import locate_array, open_array, open_stored, reading_config
+from pipeline.arrays import locate_array, open_folder, open_root, reading_config, refuse_group
+from pipeline.attributes import say_scaling
 from pipeline.errors import InputError, OpenError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
 from pipeline.locations import Url, locate, name_store
+from pipeline.markup import html_table
 from pipeline.record import ATTRIBUTE
 from pipeline.sizes import count_of, format_size
 from pipeline.sources import (
@@ -34,9 +35,11 @@ from pipeline.sources import (
 if TYPE_CHECKING:
     import zarr
     from numpy.typing import DTypeLike, NDArray
-    from zarr.abc.store import Store
 
     from pipeline.sources import Source
+
+_MOST_NAMED = 4
+"""Files of one matrix that it names."""
 
 MissingChunks = Literal["error", "fill"]
 
@@ -82,6 +85,11 @@ class Matrix:
         """Rows of one chunk, or of one inner chunk where there are shards."""
         return self.layout.chunk_rows
 
+    @property
+    def scaling(self) -> str:
+        """Attributes of the CF conventions that would change the values, and are not applied; empty: there are none."""
+        return "" if self.array is None else say_scaling(self.array)
+
     def check_length(self, length: int) -> int:
         """Return `length` as an int, or raise InputError where no window of it fits."""
         if isinstance(length, bool) or not isinstance(length, int | np.integer):
@@ -122,6 +130,8 @@ class Matrix:
         facts["reader"] = layout.reader
         if self.parts is not None:
             facts["parts"] = f"{len(self.parts)}"
+        if self.scaling:
+            facts["scaling"] = self.scaling
         return facts
 
     def __repr__(self) -> str:
@@ -132,19 +142,24 @@ class Matrix:
         return html_table(f"Matrix {self.path}", self.facts())
 
 
-def html_table(title: str, facts: dict[str, str]) -> str:
-    """Two columns of words for a notebook, every text escaped."""
-    cells = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
-        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-        for key, value in facts.items()
-    )
-    caption = f"<caption style='text-align:left; font-weight:bold; padding:4px'>{html.escape(title)}</caption>"
-    return f"<table>{caption}{cells}</table>"
+class FoundGroup(NamedTuple):
+    """A Zarr group that was found where a matrix was looked for."""
+
+    group: zarr.Group
+    name: str
+    """As the user named it."""
+    place: str | Url | None
+    """Folder or URL; None where the user had opened it."""
 
 
-def open_matrix(
-    source: str | Path | Url | zarr.Array[Any] | Store | Sequence[str | Path],
+def open_single(source: Any, **options: Any) -> Matrix:
+    """Open one matrix; `source` and `options` as for `open_matrix`, and OpenError where there is a group of arrays."""
+    found = open_found(source, **options)
+    return found if isinstance(found, Matrix) else refuse_group(found.group, found.name)
+
+
+def open_found(
+    source: Any,
     *,
     storage_options: Mapping[str, Any] | None = None,
     check_reads: bool = False,
@@ -152,97 +167,69 @@ def open_matrix(
     dtype: DTypeLike | None = None,
     row_shape: Sequence[int] | None = None,
     dataset: str | None = None,
-) -> Matrix:
-    """Open a matrix, reading its metadata only.
-
-    Parameters
-    ----------
-    source
-        Path or URL (`s3://`, `gs://`, `az://`, `https://`, and what fsspec knows) of a Zarr array, v2 or v3, of at
-        least one dimension and numeric dtype; or an open `zarr.Array`; or an open Zarr store with such an array at its
-        root, such as that of an Icechunk session. Or a file that is read in place, since its rows lie as plain bytes:
-        `.npy`, raw binary, HDF5 with a contiguous data set (`file.h5::dataset`). Several such files are stacked by
-        rows, and their borders kept as `matrix.parts`.
-    storage_options
-        Of a URL, for the library that reads it (obstore, or fsspec): region, endpoint, credentials. They go to the
-        workers. What is not given is taken from the environment, and for S3 from `~/.aws`, by each worker for itself.
-    check_reads
-        Whether to read every chunk that a window touches whole, or inner chunk of a shard, and check it against its
-        checksum: a damaged one is then an error, never a wrong value.
-    missing_chunks
-        `"fill"`: chunks that a Zarr array lacks read as its fill value. Default: they are an error.
-    dtype, row_shape
-        Of raw binary, and of nothing else.
-    dataset
-        Name of the HDF5 data set, of each file; not needed where a file holds only one.
-
-    Raises
-    ------
-    NotFoundError
-        If nothing lies at the path; nothing is created there.
-    OpenError
-        If it is a Zarr group, or cannot be parsed, or is truncated; if it is a file whose rows cannot be read in place:
-        in Fortran order, of another byte order, compressed or chunked.
-    InputError
-        If the array has no rows or no numbers, an argument does not fit the source, or parts do not agree; if reads
-        cannot be checked, for want of checksums.
-
-    Examples
-    --------
-    >>> import numpy, pipeline
-    >>> folder = getfixture("tmp_path")
-    >>> numpy.save(folder / "A.npy", numpy.arange(6.0).reshape(3, 2))
-    >>> pipeline.open_matrix(folder / "A.npy").shape
-    (3, 2)
-    >>> matrix = pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
-    >>> pipeline.open_matrix(folder / "A.zarr").shape
-    (3, 2)
-    """
+) -> Matrix | FoundGroup:
+    """Open what is there: one matrix, or a group; see `open_matrix`."""
     if missing_chunks not in ("error", "fill"):
         raise InputError(f"missing_chunks is error or fill; got {missing_chunks!r}; choose one")
     fills = missing_chunks == "fill"
     options = {"dtype": dtype, "row_shape": row_shape, "dataset": dataset}
     matrix = _open(source, storage_options, fills=fills, **options)
+    if isinstance(matrix, FoundGroup):
+        return matrix
     if fills and matrix.array is None:
         raise InputError(f"missing chunks are those of a Zarr array; {matrix.path} is read in place; drop it")
     if check_reads and not matrix.layout.checksums:
         raise InputError(
             f"reads are checked against checksums; {matrix.path} has none; record them with: pipeline verify "
-            f"--write-manifest, or make a matrix that has them with: pipeline create"
+            f"--write-manifest, or make a matrix that has them with: pipeline create SOURCE DEST"
         )
     return replace(matrix, layout=matrix.layout.decode(fills=fills)) if check_reads or fills else matrix
 
 
-def _open(source: Any, storage_options: Mapping[str, Any] | None, *, fills: bool, **options: Any) -> Matrix:
+def _open(
+    source: Any, storage_options: Mapping[str, Any] | None, *, fills: bool, **options: Any
+) -> Matrix | FoundGroup:
+    node: Any
+    place: str | Url | None = None
     if isinstance(source, str | Path | Url):
-        place = locate(source, storage_options)
-        if isinstance(place, Url):
-            return _open_url(place, fills=fills, **options)
-        path, name = split_name(str(place))
-        if name is not None or (os.path.lexists(path) and not path.is_dir()):
-            return _open_in_place(str(place) if "://" in str(source) else str(source), **options)
-        matrix = _open_zarr(open_array(path), str(source), fills=fills)
+        location = locate(source, storage_options)
+        if isinstance(location, Url):
+            node, name, place = _open_url(location, **options), str(location), location
+        else:
+            path, part = split_name(str(location))
+            if part is not None or (os.path.lexists(path) and not path.is_dir()):
+                return _open_in_place(str(location) if "://" in str(source) else str(source), **options)
+            node, name, place = open_folder(path), str(source), str(path)
     else:
         if storage_options:
             raise InputError("storage_options are for URLs; what is open already has its own; drop them")
         if isinstance(source, Sequence):
             return _open_in_place(source, **options)
         name = name_store(getattr(source, "store_path", source))
-        matrix = _open_zarr(open_stored(source, name) if _is_store(source) else source, name, fills=fills)
+        node = open_root(source, name) if _is_store(source) else source
+    if _is_group(node):
+        return FoundGroup(node, name, place)
+    matrix = _open_zarr(node, name, fills=fills)
     refuse_options(matrix.path, "a Zarr array, which has its own", **options)
     return matrix
 
 
-def _open_url(url: Url, *, fills: bool, **options: Any) -> Matrix:
+def _open_url(url: Url, **options: Any) -> zarr.Array[Any] | zarr.Group:
     from pipeline.stores import open_store
 
     given = [name for name, value in options.items() if value is not None]
     if given or url.suffix.lower() in FILE_SUFFIXES or "::" in url.name:
         raise OpenError(
             f"a file is read in place on a local disk; {url} is none; copy it to one, or make a matrix of the copy "
-            "with: pipeline create"
+            "with: pipeline create SOURCE DEST"
         )
-    return _open_zarr(open_stored(open_store(url, read_only=True), str(url)), str(url), fills=fills)
+    return open_root(open_store(url, read_only=True), str(url))
+
+
+def _is_group(node: Any) -> bool:
+    import zarr
+
+    return isinstance(node, zarr.Group)
 
 
 def _is_store(source: Any) -> bool:
@@ -279,7 +266,7 @@ def _open_in_place(source: str | Path | Sequence[str | Path], **options: Any) ->
         if hindrance or not isinstance(each, FileSource):
             raise OpenError(
                 f"what is read in place is a file of plain rows, in C order and this machine's byte order; "
-                f"{name} {hindrance}; make a matrix of it with: pipeline create"
+                f"{name} {hindrance}; make a matrix of it with: pipeline create SOURCE DEST"
             )
         files.append(each)
     dtype = opened.dtype
@@ -300,7 +287,12 @@ def _open_in_place(source: str | Path | Sequence[str | Path], **options: Any) ->
         files=plain,
     )
     parts = opened.parts if isinstance(opened, StackedSource) else None
-    return Matrix(", ".join(names), opened.shape, dtype, layout, parts, None)
+    return Matrix(_shorten(names), opened.shape, dtype, layout, parts, None)
+
+
+def _shorten(names: list[str]) -> str:
+    """Names of files in a row, those in the middle left out of many."""
+    return ", ".join(names) if len(names) <= _MOST_NAMED else f"{names[0]} ... {names[-1]} ({len(names):,} files)"
 
 
 def _hindrance(source: Source) -> str | None:

@@ -107,6 +107,9 @@ report_option = click.option(
     help="Dask's performance report, one .html that needs no network.",
 )
 memory_option = option("--memory", metavar="SIZE", help="Most that the run may hold, such as 8GB.")
+member_option = option(
+    "--member", "members", metavar="NAME", multiple=True, help="An array of a Zarr group; repeat it.  [default: all]"
+)
 resume_option = option(
     "--resume", is_flag=True, help="Go on where an interrupted run of the same request ended; a fresh run without one."
 )
@@ -128,10 +131,39 @@ def request(function: Callable[..., None]) -> Callable[..., None]:
     options: list[Callable[[Any], Any]] = [
         click.argument("matrix", metavar="MATRIX", shell_complete=complete_files),
         in_place,
+        member_option,
         option("--count", type=int, default=10_000, show_default=True, help="Windows to draw."),
         option("--length", type=int, default=16, show_default=True, help="Rows of a window."),
         option("--seed", type=int, default=0, show_default=True, help="Of the starts."),
-        option("--within", type=click.Choice(["parts"]), help="No window crosses the border of two source files."),
+        option("--stride", metavar="N", type=int, help="A window every N rows, in place of --count and --seed."),
+        option(
+            "--within",
+            metavar="parts|FILE",
+            shell_complete=complete_files,
+            help="No window crosses the border of two source files; or of the intervals of rows that a .npy or a text "
+            "file lists, first and stop a line.",
+        ),
+        option(
+            "--split",
+            metavar="F,F[,F...]",
+            help="Fractions of the rows, such as 0.8,0.1,0.1: windows of one part share no row with another's.",
+        ),
+        option(
+            "--part", metavar="NAME", help="The part of --split to take: train, validation, test, or its number from 0."
+        ),
+        option(
+            "--split-by",
+            type=click.Choice(["blocks", "intervals", "order"]),
+            help="Deal blocks of rows or whole intervals of --within at random, or the rows in order.  "
+            "[default: blocks]",
+        ),
+        option(
+            "--split-seed",
+            metavar="N",
+            type=int,
+            help="Of the split alone: any --seed of one part stays apart from the others, where --length, --within "
+            "and --split are the same.  [default: 0]",
+        ),
         option(
             "--starts",
             metavar="FILE",
@@ -144,6 +176,12 @@ def request(function: Callable[..., None]) -> Callable[..., None]:
             shell_complete=complete_files,
             help="X.zarr (workers write) or X.npy. Default: an array that is not kept.",
         ),
+        option(
+            "--columns",
+            metavar="A:B[:S]|N,N...",
+            help="Part of each row: a slice of its first axis, or indices, in any order; negative ones from the end.",
+        ),
+        option("--as-dtype", metavar="DTYPE", help="Deliver values as this dtype, of their own kind, such as float32."),
         option("--apply", "apply_name", metavar="MODULE:FUNCTION", help="Run on each block; only its result travels."),
         option("--order", type=click.Choice(["request", "chunk"]), help="Order of X.zarr.  [default: request]"),
         option("--check-reads", is_flag=True, help="Read whole chunks, and check them against their checksums."),

@@ -39,6 +39,7 @@ then.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import uuid
@@ -71,9 +72,14 @@ if TYPE_CHECKING:
     from pipeline.locations import Url
     from pipeline.record import Record
 
-_MEMBER = "(starts|places|windows)/"
-_WRITTEN = re.compile(rf"({_MEMBER})?c(/\d+)*|{_MEMBER}zarr\.json")
-"""Keys that we put below an output's, but for its root's metadata; all others are somebody else's."""
+_ARRAYS = ("starts", "places", "windows")
+"""Of a result, but for those of a request that names its own."""
+
+
+def _written(arrays: Iterable[str]) -> re.Pattern[str]:
+    """Keys that we put below an output's, but for its root's metadata; all others are somebody else's."""
+    member = f"({'|'.join(map(re.escape, arrays))})/"
+    return re.compile(rf"({member})?c(/\d+)*|{member}zarr\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +97,13 @@ class _Standing:
 class ObjectStage:
     """An output that is being made; see `outputs.Stage`."""
 
-    def __init__(self, upload: Upload, cut: int, done: dict[int, tuple[FileRecord, ...]], *, beside: bool) -> None:
+    def __init__(self, upload: Upload, claim: Claim, done: dict[int, tuple[FileRecord, ...]]) -> None:
         from zarr.storage import MemoryStore
 
-        self.upload, self.cut, self.done = upload, cut, done
-        self.staged, self.beside = upload.root.startswith(upload.ledger.prefix), beside
+        self.upload, self.cut, self.done = upload, claim.cut, done
+        self.staged, self.beside = upload.root.startswith(upload.ledger.prefix), claim.beside
+        self.written = _written([*_ARRAYS, *claim.arrays])
+        """Keys that are ours, at the final place."""
         self.may_linger = False
         """Whether tasks may end after the run has: those of other processes, of which nobody hears any more."""
         self.document = b""
@@ -331,6 +339,9 @@ class BucketOutput:
             # Another request's objects at the final keys may become a finished output until OUT is ours by its key.
             beside = earlier is not None and standing.held is None and (earlier.beside or not earlier.staged)
             claim = Claim(request.facts, cut, staged=found is not None or standing.held is not None, beside=beside)
+            # Objects of the earlier run may lie at the final keys still.
+            arrays = {*json.loads(request.facts.get("arrays", "[]")), *([] if earlier is None else earlier.arrays)}
+            claim = replace(claim, arrays=sorted(arrays))
         self.ledger.take(claim, held)
         if not claim.staged and self.look() != standing:
             if found is None:
@@ -340,7 +351,7 @@ class BucketOutput:
         root = self.ledger.staged(claim.making) if claim.staged else self.root
         upload = Upload(self.ledger, claim.run, claim.making, root)
         done = self.ledger.finished(claim.making) if resume and claim.making == getattr(earlier, "making", "") else {}
-        return ObjectStage(upload, claim.cut, done, beside=claim.beside)
+        return ObjectStage(upload, claim, done)
 
     def _reveal(self, stage: ObjectStage) -> None:
         """Put the root's metadata where nothing was: from now on the output is there."""
@@ -368,7 +379,7 @@ class BucketOutput:
         if standing.held is None:
             # The replacement deletes all that lies there.
             keys = [key.removeprefix(self.root) for key in self.bucket.list_keys(self.root)]
-            if strays := [key for key in keys if not _WRITTEN.fullmatch(key) and key != METADATA]:
+            if strays := [key for key in keys if not stage.written.fullmatch(key) and key != METADATA]:
                 raise OutputExistsError(
                     f"an output goes where nothing is; {self.bucket.url}/{self.root}{strays[0]} is there; remove it "
                     f"yourself, and go on with --resume"
@@ -455,7 +466,7 @@ class BucketOutput:
             if not kept and ledger.holds(upload.run):
                 if not stage.staged:
                     keys = self.bucket.list_keys(self.root)
-                    doomed = [key for key in keys if _WRITTEN.fullmatch(key.removeprefix(self.root))]
+                    doomed = [key for key in keys if stage.written.fullmatch(key.removeprefix(self.root))]
                     if doomed:
                         self.bucket.delete(doomed)
                 # As long as another request's objects lie at the final keys, the claim says that they are ours; and

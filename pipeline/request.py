@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
+from pipeline.groupplan import GroupPlan, plan_windows
 from pipeline.locations import locate
-from pipeline.matrix import open_matrix
-from pipeline.plan import plan_windows
+from pipeline.matrices import MatrixGroup, open_matrix
+from pipeline.selection import select_starts
 from pipeline.staging import check_apart
-from pipeline.starts import draw_starts, load_starts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from pipeline.collect import Gathering
+    from pipeline.collect import Gathering, GroupGathering
     from pipeline.matrix import Matrix
+    from pipeline.plan import Plan
     from pipeline.writeback import Storing
+
+
+_SELECTING = ("count", "seed", "stride", "split", "part", "split_by", "split_seed")
 
 
 def prepare_request(
@@ -30,21 +35,22 @@ def prepare_request(
     dtype: str | None,
     row_shape: str | None,
     dataset: str | None,
-    count: int,
     length: int,
-    seed: int,
     within: str | None,
     starts: str | None,
     out: str | None,
+    columns: str | None,
+    as_dtype: str | None,
     apply_name: str | None,
     order: str | None,
     memory: str | None,
     check_reads: bool,
     missing_chunks: str,
+    members: tuple[str, ...],
     resume: bool,
     overwrite: bool,
-    **_: Any,
-) -> tuple[Matrix, Gathering | Storing]:
+    **arguments: Any,
+) -> tuple[Matrix | MatrixGroup, Gathering | GroupGathering | Storing]:
     """Do all of a run that comes before its cluster: open, draw, plan, check."""
     # Dask comes with the sinks: looking at a matrix needs none.
     from pipeline.collect import prepare_gathering
@@ -56,19 +62,19 @@ def prepare_request(
         raise InputError(f"--out ends in .zarr or .npy; got {out!r}; rename it")
     if order is not None and suffix != ".zarr":
         raise InputError(f"--order is for --out X.zarr; got --order {order} with {out or 'no --out'}; drop it")
-    opened = open_named(matrix, dtype, row_shape, dataset, check_reads=check_reads, missing_chunks=missing_chunks)
+    reading: dict[str, Any] = {"check_reads": check_reads, "missing_chunks": missing_chunks}
+    opened = open_named(matrix, dtype, row_shape, dataset, members=members, **reading)
     opened.check_length(length)
-    if starts is not None:
-        if out is not None and starts != "-":
-            check_apart(locate(out), [starts])
-        chosen = load_starts(starts)
-    else:
-        if within and opened.parts is None:
-            raise InputError(f"--within parts is for a matrix of several sources; {matrix} has one; drop it")
-        parts = opened.parts if within else None
-        chosen = draw_starts(opened.rows, length=length, count=count, seed=seed, within=parts)
-    planned = plan_windows(opened, chosen, length=length, memory=memory)
-    function = None if apply_name is None else _load_function(apply_name)
+    read = [each for each in (starts, within) if each not in (None, "-", "parts")]
+    if out is not None and read:
+        check_apart(locate(out), read)
+    windows = {name: arguments[name] for name in _SELECTING}
+    chosen = select_starts(opened, matrix=matrix, length=length, within=within, starts=starts, **windows)
+    part: dict[str, Any] = {"columns": parse_columns(columns), "dtype": as_dtype}
+    if isinstance(opened, MatrixGroup):
+        part = _part_of_one(opened, part)
+    planned = plan_windows(opened, chosen, length=length, memory=memory, **part)
+    function = None if apply_name is None else _load_functions(apply_name, planned)
     if resume and out is None:
         raise InputError("--resume goes on with an output; got no --out; name one, or drop it")
     replacing: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
@@ -78,9 +84,43 @@ def prepare_request(
     return opened, prepare_gathering(planned, apply=function, out=out, **replacing)
 
 
-def open_named(path: str, dtype: str | None, row_shape: str | None, dataset: str | None, **reading: Any) -> Matrix:
-    """Open the matrix that a command line names; `reading`: how `open_matrix` is to read it."""
-    return open_matrix(path, dtype=dtype, row_shape=parse_shape(row_shape), dataset=dataset, **reading)
+def _part_of_one(group: MatrixGroup, part: dict[str, Any]) -> dict[str, Any]:
+    """Give what is wanted of a row to the one array of a group; InputError where there are several."""
+    given = {name: value for name, value in part.items() if value is not None}
+    if given and len(group.members) > 1:
+        flag = "--columns" if "columns" in given else "--as-dtype"
+        raise InputError(f"{flag} is for one matrix; {group.path} has several; name one with --member, or use Python")
+    return {name: dict.fromkeys(group.members, value) for name, value in given.items()}
+
+
+def open_named(
+    path: str,
+    dtype: str | None,
+    row_shape: str | None,
+    dataset: str | None,
+    *,
+    members: tuple[str, ...] = (),
+    **reading: Any,
+) -> Matrix | MatrixGroup:
+    """Open the matrix, or group, that a command line names; `reading`: how `open_matrix` is to read it."""
+    shape = parse_shape(row_shape)
+    opened: Matrix | MatrixGroup = open_matrix(
+        path, dtype=dtype, row_shape=shape, dataset=dataset, members=members or None, **reading
+    )
+    return opened
+
+
+def _load_functions(text: str, planned: Plan | GroupPlan) -> Any:
+    """Import MODULE:FUNCTION, or, for a group, NAME=MODULE:FUNCTION of each array that is named."""
+    if not isinstance(planned, GroupPlan):
+        return _load_function(text)
+    named = [each.partition("=") for each in text.split(",")]
+    if not all(equals and name and function for name, equals, function in named):
+        raise InputError(
+            f"--apply of several arrays is NAME=MODULE:FUNCTION[,...]; got {text!r}; write it such as "
+            f"{next(iter(planned.members))}=features:mean"
+        )
+    return {name: _load_function(function) for name, _, function in named}
 
 
 def _load_function(name: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
@@ -117,3 +157,23 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     if not all(word.strip().isdecimal() for word in words):
         raise InputError(f"--row-shape is whole numbers with commas; got {text!r}; write it such as 2000 or 64,64")
     return tuple(int(word) for word in words)
+
+
+def parse_columns(text: str | None) -> slice | list[int] | None:
+    """Columns out of words such as 0:100, ::4 or 3,5,7.
+
+    Examples
+    --------
+    >>> parse_columns("0:100"), parse_columns("::4"), parse_columns("3,5,-1")
+    (slice(0, 100, None), slice(None, None, 4), [3, 5, -1])
+    """
+    if text is None:
+        return None
+    sliced = ":" in text
+    words = [word.strip() for word in (text.split(":") if sliced else text.rstrip(", ").split(","))]
+    sound = all(re.fullmatch("-?[0-9]{1,18}", word) or (sliced and not word) for word in words)
+    if not sound or (sliced and len(words) > 3):
+        raise InputError(
+            f"--columns is a slice or a list of whole numbers; got {text!r}; write it such as 0:100 or 3,5"
+        )
+    return slice(*(int(word) if word else None for word in words)) if sliced else [int(word) for word in words]

@@ -13,9 +13,10 @@ from pipeline.sizes import count_of, format_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pipeline.collect import Gathering
+    from pipeline.collect import Gathering, GroupGathering
     from pipeline.create import Creation
     from pipeline.locations import Location
+    from pipeline.matrices import MatrixGroup
     from pipeline.matrix import Matrix
     from pipeline.report import Watch
     from pipeline.writeback import Storing
@@ -76,8 +77,13 @@ def report_creation(matrix: Matrix, watch: Watch, measures: Measures) -> Report:
     return matrix.facts() | _resumed(watch) | _run_facts(numbers), numbers
 
 
-def report_matrix(matrix: Matrix, length: int) -> Report:
-    """Say what a matrix is, and what a window of it costs."""
+def report_matrix(matrix: Matrix | MatrixGroup, length: int) -> Report:
+    """Say what a matrix is, or several, and what a window of it costs."""
+    # Who reads `--help` need not wait for the classes.
+    return _report_group(matrix, length) if _is_group(matrix) else _report_single(matrix, length)
+
+
+def _report_single(matrix: Any, length: int) -> Report:
     layout = matrix.layout
     wanted = length * matrix.row_nbytes
     nbytes_read = wanted
@@ -103,6 +109,7 @@ def report_matrix(matrix: Matrix, length: int) -> Report:
         "window_nbytes_read": nbytes_read,
         "window_amplification": nbytes_read / wanted,
         "parts": None if matrix.parts is None else matrix.parts.tolist(),
+        "scaling": matrix.scaling or None,
     }
     kind = "shards" if layout.shard_rows else "chunks" if matrix.array is not None else "files"
     facts = matrix.facts() | {
@@ -119,14 +126,40 @@ def report_matrix(matrix: Matrix, length: int) -> Report:
     return {"matrix": matrix.path, **facts}, numbers
 
 
-def report_plan(sink: Gathering | Storing) -> Report:
+def _report_group(group: Any, length: int) -> Report:
+    facts = {"matrix": group.path, **group.facts()}
+    told = {name: _report_single(each, length)[1] for name, each in group.members.items()}
+    for name, each in told.items():
+        facts[name] += (
+            f"; present {each['files_present']:,} of {each['files']:,} files; a window of {length}: "
+            f"{format_size(each['window_nbytes'])}, reads {format_size(each['window_nbytes_read'])}"
+        )
+    numbers = {
+        "path": group.path,
+        "rows": group.rows,
+        "nbytes": group.nbytes,
+        "length": length,
+        "parts": None if group.parts is None else group.parts.tolist(),
+        "members": told,
+    }
+    return facts, numbers
+
+
+def say_scaling(matrix: Matrix | MatrixGroup) -> Iterator[str]:
+    """Say what a run does not do to the values that it delivers, a line for each matrix of which that is to be said."""
+    for each in _matrices(matrix):
+        if each.scaling:
+            yield f"{each.path} has {each.scaling}"
+
+
+def report_plan(sink: Gathering | GroupGathering | Storing) -> Report:
     """Say what a run would do and cost."""
     planned, peak = sink.plan, sink.footprint().peak_nbytes
     numbers: dict[str, Any] = {
         "windows": len(planned),
         "length": planned.length,
         "nbytes_wanted": planned.nbytes,
-        "result_shape": list(sink.shape),
+        **_shapes(sink),
         "result_nbytes": sink.nbytes,
         "crossings": planned.crossings(),
         "orders": {
@@ -155,7 +188,13 @@ def report_plan(sink: Gathering | Storing) -> Report:
 
 
 def report_run(
-    matrix: Matrix, sink: Gathering | Storing, watch: Watch, measures: Measures, *, threads: int, within: str | None
+    matrix: Matrix | MatrixGroup,
+    sink: Gathering | GroupGathering | Storing,
+    watch: Watch,
+    measures: Measures,
+    *,
+    threads: int,
+    within: str | None,
 ) -> Report:
     """Say what a run did, and what limited it.
 
@@ -164,12 +203,14 @@ def report_run(
     threads
         Tasks that could run at once.
     within
-        What windows were drawn within; None: they may cross the borders of parts.
+        What windows were drawn within; unless it is "parts", they may cross the borders of parts.
     """
     planned = sink.plan
     # How an earlier run read what it finished is not known.
     earlier = not watch.tasks or watch.kept_tasks > 0
-    checked = matrix.layout.checked and not earlier
+    layouts = [each.layout for each in _matrices(matrix)]
+    all_checked = all(each.checked for each in layouts)
+    checked = all_checked and not earlier
     amplification = watch.nbytes_read / planned.nbytes
     shares = share_seconds(watch)
     limit, advice = name_limit(
@@ -184,7 +225,7 @@ def report_run(
         "windows": len(planned),
         "length": planned.length,
         "out": None if sink.out is None else str(sink.out),
-        "result_shape": list(sink.shape),
+        **_shapes(sink),
         "nbytes_delivered": sink.nbytes,
         "nbytes_read": watch.nbytes_read,
         "amplification": amplification,
@@ -197,24 +238,49 @@ def report_run(
         "limit": limit,
         **_resources(planned.nbytes, measures),
     }
-    shape = ", ".join(f"{size:,}" for size in sink.shape)
     facts = {
         "windows": f"{len(planned):,} of {planned.length:,} rows out of {matrix.path}",
-        "result": f"({shape}) {sink.work.result.dtype}, {format_size(sink.nbytes)}",
+        "result": f"{_say_results(sink)}, {format_size(sink.nbytes)}",
         "kept": str(sink.out) if sink.out is not None else "nothing; name a file with --out to keep the windows",
         "read": f"{format_size(watch.nbytes_read)}, amplification {amplification:.2f}",
         "reads": "checked, but for what was finished before" if earlier else "checked",
     }
-    if not matrix.layout.checked:
-        way_out = "--check-reads does" if matrix.layout.checksums else f"{matrix.path} has no checksums"
+    if not all_checked:
+        bare = [each.path for each in _matrices(matrix) if not each.layout.checksums]
+        verb = "has" if len(bare) == 1 else "have"
+        way_out = f"{', '.join(bare)} {verb} no checksums" if bare else "--check-reads does"
         facts["reads"] = f"not checked; {way_out}"
-    if matrix.parts is not None and not within:
+    if matrix.parts is not None and within != "parts":
         facts["crossings"] = f"{planned.crossings():,} windows cross the border of two parts"
     if watch.nonfinite:
         facts["not finite"] = f"{count_of(watch.nonfinite, 'value')} of the result: NaN or infinite"
     facts["limit"] = f"{limit}; {advice}" if advice else limit
     facts["shares"] = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
     return facts | _resumed(watch) | _run_facts(numbers), numbers
+
+
+def _is_group(whole: Any) -> bool:
+    """Whether it is a matrix or plan of several arrays."""
+    return hasattr(whole, "members")
+
+
+def _matrices(matrix: Any) -> list[Matrix]:
+    return list(matrix.members.values()) if _is_group(matrix) else [matrix]
+
+
+def _shapes(sink: Gathering | GroupGathering | Storing) -> dict[str, Any]:
+    """Shape of the result, or of each array by its name."""
+    shapes = {name: [len(sink.plan), *each.shape] for name, each in sink.results.items()}
+    return {"result_shapes": shapes} if _is_group(sink.plan) else {"result_shape": next(iter(shapes.values()))}
+
+
+def _say_results(sink: Gathering | GroupGathering | Storing) -> str:
+    named = _is_group(sink.plan)
+    words = []
+    for name, each in sink.results.items():
+        shape = ", ".join(f"{size:,}" for size in (len(sink.plan), *each.shape))
+        words.append(f"{name + ' ' if named else ''}({shape}) {each.dtype}")
+    return "; ".join(words)
 
 
 def add_measures(report: Report, watch: Watch, measures: Measures) -> Report:

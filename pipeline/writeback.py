@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from pipeline.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
+from pipeline.columns import window_rows
 from pipeline.errors import InputError
+from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
 from pipeline.journal import Request, digest_array
 from pipeline.outputs import find_output
-from pipeline.report import Watch
+from pipeline.report import watched
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import SHARD_NBYTES, cut_results
 from pipeline.sights import matrix_sights
@@ -22,9 +26,10 @@ from pipeline.tasks import check_apply_travels, check_order, make_block, name_ta
 from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
+    import numpy as np
     import zarr
     from numpy.typing import NDArray
 
@@ -33,9 +38,14 @@ if TYPE_CHECKING:
     from pipeline.outputs import Output, Stage, Writer
     from pipeline.plan import Cost, Order, Plan, Task
     from pipeline.record import FileRecord
+    from pipeline.report import Watch
+    from pipeline.shards import Cut
     from pipeline.stamps import Stamp
-    from pipeline.tasks import Apply, Receipt, Work
+    from pipeline.tasks import Apply, BlockShape, Receipt, Work
 
+ALONE = "windows"
+"""Name of the array of a result that has one."""
+_BESIDE = ("starts", "places")
 _ENOUGH_NBYTES = 1024 * MIB
 """More memory than this is only taken where the user allows it, however many threads there are."""
 
@@ -55,10 +65,10 @@ def _write_values(writer: Writer, first: int, values: NDArray[Any], task: int | 
 
 
 def store(
-    plan: Plan,
+    plan: Plan | GroupPlan,
     path: str | Path,
     *,
-    apply: Apply | None = None,
+    apply: Apply | Mapping[str, Apply] | None = None,
     order: Order = "request",
     resume: bool = False,
     overwrite: bool = False,
@@ -76,7 +86,8 @@ def store(
         Folder to make, or URL of a place on an object store (`s3://`, `gs://`, `az://`); it ends in `.zarr`.
     apply
         Function of one block (k, length, *row_shape) -> (k, ...), each window for itself; k is unspecified. It runs
-        on the workers. Default: the windows as they are.
+        on the workers. Default: the windows as they are. Of a `GroupPlan`: a mapping of names to such functions; the
+        windows of arrays that it does not name stay as they are.
     order
         `request`: `windows[i]` starts at `starts[i]` of the request. `chunk`: windows and starts are sorted by start,
         and `places[i]` is the position in the request of the i-th: reads each chunk once, which matters where chunks
@@ -93,10 +104,13 @@ def store(
     -------
     zarr.Group
         Opened for reading: `windows` (n, length, *row_shape), or (n, ...) as `apply` made it; `starts` (n,) int64;
-        with order `chunk` also `places` (n,) int64.
+        with order `chunk` also `places` (n,) int64. Of a `GroupPlan` there is an array for each of its members, by
+        its name, in place of `windows`.
 
     Raises
     ------
+    InputError
+        If a member of a group has a name that an array beside it cannot have.
     OutputExistsError
         If something is at `path` already.
     DiskSpaceError
@@ -116,17 +130,82 @@ def store(
     ((2, 16, 2), [14.0, 15.0])
     """
     given: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "storage_options": storage_options}
-    return prepare_storing(plan, path, apply=apply, order=order, **given).run(Watch())
+    storing = prepare_storing(plan, path, apply=apply, order=order, **given)
+    with watched("store", repetition=storing.cost.nbytes_read / plan.chunk.nbytes_read) as watch:
+        return storing.run(watch)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One array of a result: the windows of one matrix, as its own plan cuts them."""
+
+    name: str
+    plan: Plan
+    work: Work
+    stamp: Stamp
+    """What the matrix was when it was checked."""
+    description: Description = NOTHING
+    """What travels with its values."""
+
+    @classmethod
+    def prepare(cls, name: str, plan: Plan, apply: Apply | None, *, alone: bool) -> Self:
+        """Look at the matrix's files and at what lies beside them, and probe `apply`."""
+        stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+        found = NOTHING
+        if plan.matrix.array is not None:
+            found = describe(plan.matrix.array, columns=plan.columns, casts=plan.selection.casts)
+        if apply is not None:
+            found = found.of_rows()
+        if not alone:
+            # Arrays of a group would each have coordinates of their own, of the same names.
+            found = Description(found.attributes, ())
+        return cls(name, plan, prepare_work(plan, apply), stamp, found)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (len(self.plan), *self.work.result.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, and of the coordinates beside it."""
+        rows, beside = self.description.rows, sum(each.values.nbytes for each in self.description.columns)
+        beside += 0 if rows is None else len(self.plan) * self.plan.length * rows.values.itemsize
+        return len(self.plan) * self.work.result.nbytes + beside
+
+    @property
+    def cut(self) -> Cut:
+        """How the array is cut into files, a task's windows each: fixed by the request, so resumed runs cut alike."""
+        return cut_results(len(self.plan), self.work.result.nbytes, self.plan.task_windows, self.work.result.shape)
+
+    def task_nbytes(self, output: Output) -> int:
+        """Memory of one task: its windows, their result, what writing a shard takes."""
+        plan, entry, cut = self.plan, self.work.result, self.cut
+        windows = min(plan.task_windows, len(plan))
+        file_nbytes = windows * entry.nbytes
+        writing = output.writing_nbytes(file_nbytes, cut.chunk * entry.nbytes, plain=not cut.inner)
+        each = plan.reading_nbytes + file_nbytes + writing
+        return each if self.work.apply is None else each + windows * plan.window_nbytes
+
+    def facts(self) -> dict[str, str]:
+        """What decides the bytes of the array, beside the starts."""
+        return {
+            "matrix": self.stamp.digest,
+            "apply": name_function(self.work.apply),
+            "result": f"{self.shape} {self.work.result.dtype.str}",
+            "layout": f"{self.cut}",
+            **self.plan.selection.facts(),
+            **self.description.facts(),
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Storing:
     """A `store` that was checked and may begin. Made by `prepare_storing`."""
 
-    plan: Plan
-    work: Work
-    stamp: Stamp
-    """What the matrix was when it was checked."""
+    plan: Plan | GroupPlan
+    members: tuple[Member, ...]
+    """Arrays of windows that the result has: one called `windows`, or those of a group."""
     output: Output
     order: Order
     resume: bool
@@ -138,14 +217,14 @@ class Storing:
         return self.output.location
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of `windows`."""
-        return (len(self.plan), *self.work.result.shape)
+    def results(self) -> dict[str, BlockShape]:
+        """What is written of one window, by the name of its array."""
+        return {each.name: each.work.result for each in self.members}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the result, starts and places among them."""
-        return len(self.plan) * (self.work.result.nbytes + (16 if self.order == "chunk" else 8))
+        return sum(each.nbytes for each in self.members) + len(self.plan) * (16 if self.order == "chunk" else 8)
 
     @property
     def cost(self) -> Cost:
@@ -153,63 +232,68 @@ class Storing:
         return self.plan.cost(self.order)
 
     def footprint(self) -> Footprint:
-        """Memory of the run: a task's windows, their result, what writing a shard takes; BudgetError if too much."""
-        plan, entry = self.plan, self.work.result
-        windows = min(plan.task_windows, len(plan))
-        cut = cut_results(len(plan), entry.nbytes, plan.task_windows, entry.shape)
-        file_nbytes = windows * entry.nbytes
-        writing = self.output.writing_nbytes(file_nbytes, cut.chunk * entry.nbytes, plain=not cut.inner)
-        each = plan.reading_nbytes + file_nbytes + writing
-        if self.work.apply is not None:
-            each += windows * plan.window_nbytes
+        """Memory of the run, as if its tasks were all of the array whose tasks take most; BudgetError if too much."""
+        each = max(member.task_nbytes(self.output) for member in self.members)
         threads = count_threads(active_client())
-        return fit_memory(each, plan.memory, threads=threads, what="one task of store", enough=_ENOUGH_NBYTES)
+        held = sum(member.description.nbytes for member in self.members)
+        what = "one task of store"
+        return fit_memory(each, self.plan.memory, threads=threads, what=what, held=held, enough=_ENOUGH_NBYTES)
 
     def request(self) -> Request:
         """What decides the bytes of the result."""
-        plan, entry = self.plan, self.work.result
         facts = {
             "kind": "windows",
-            "matrix": self.stamp.digest,
-            "starts": digest_array(plan.starts),
-            "length": str(plan.length),
+            "starts": digest_array(self.plan.starts),
+            "length": str(self.plan.length),
             "order": self.order,
-            "apply": name_function(self.work.apply),
-            "result": f"{self.shape} {entry.dtype.str}",
-            "layout": f"{cut_results(len(plan), entry.nbytes, plan.task_windows, entry.shape)}",
         }
+        if isinstance(self.plan, GroupPlan):
+            facts["arrays"] = json.dumps([each.name for each in self.members])
+            for member in self.members:
+                facts |= {f"{fact} of {member.name}": value for fact, value in member.facts().items()}
+        else:
+            facts |= self.members[0].facts()
+            if beside := self.members[0].description.names_beside:
+                facts["arrays"] = json.dumps(beside)
         return Request(facts)
 
     def run(self, watch: Watch) -> zarr.Group:
         """Read and write the windows, telling `watch` of every task that is done."""
         plan, footprint, given = self.plan, self.footprint(), {"resume": self.resume, "overwrite": self.overwrite}
         if not shares_memory(active_client()):
-            check_apply_travels(self.work)
+            for member in self.members:
+                check_apply_travels(member.work)
         request = self.request()
         if not (self.resume and self.output.is_finished(request)):
-            with self.output.stage(request, cut=plan.task_windows, nbytes=self.nbytes, **given) as stage:
+            cut = self.members[0].plan.task_windows
+            with self.output.stage(request, cut=cut, nbytes=self.nbytes, **given) as stage:
                 beside = self._write(stage, watch, footprint.fits)
-                self.stamp.check()
+                for member in self.members:
+                    member.stamp.check()
                 ours = {"kind": "windows", "matrix": plan.matrix.path, "length": plan.length, "order": self.order}
+                if isinstance(plan, GroupPlan):
+                    ours["members"] = {member.name: member.plan.matrix.path for member in self.members}
                 files = [*beside, *chain.from_iterable(stage.done.values())]
                 stage.seal(files, ours | {"request": request.facts})
         return self.output.open_group()
 
     def _write(self, stage: Stage, watch: Watch, at_once: int) -> list[FileRecord]:
         """Run the tasks that are not finished yet, and return what was written beside them."""
-        plan = self.plan
-        writer, beside = _create_group(stage, plan, self.work, self.order)
-        count = plan.count_tasks(stage.cut)
-        watch.begin(count, len(plan), plan.nbytes)
-        for task in plan.tasks(self.order, windows=stage.cut):
+        writers, beside = _create_group(stage, self.plan, self.members, self.order)
+        count = sum(each.plan.count_tasks(each.plan.task_windows) for each in self.members)
+        watch.begin(count, len(self.plan) * len(self.members), self.plan.nbytes)
+        for _, task, _ in self._tasks():
             if task.number in stage.done:
                 watch.task_kept(len(task.starts))
-        sights = (*matrix_sights(plan.matrix), *writer.sights())
+        sights = chain.from_iterable(
+            (*matrix_sights(member.plan.matrix), *writer.sights())
+            for member, writer in zip(self.members, writers, strict=True)
+        )
         survey = survey_workers(sights, say=watch.say)
         with open_run() as run:
             arguments = (
-                (self.work, task, writer, task.number * stage.cut, run)
-                for task in plan.tasks(self.order, windows=stage.cut)
+                (self.members[number].work, task, writers[number], first, run)
+                for number, task, first in self._tasks()
                 if task.number not in stage.done
             )
             tasks = name_tasks("write", survey.guard(write_block), arguments)
@@ -220,12 +304,21 @@ class Storing:
         stage.check_complete(count)
         return beside
 
+    def _tasks(self) -> Iterator[tuple[int, Task, int]]:
+        """Yield every task of every member, numbered through, with the member's number and its own first entry."""
+        before = 0
+        for number, member in enumerate(self.members):
+            windows = member.plan.task_windows
+            for task in member.plan.tasks(self.order, windows=windows):
+                yield number, replace(task, number=before + task.number), task.number * windows
+            before += member.plan.count_tasks(windows)
+
 
 def prepare_storing(
-    plan: Plan,
+    plan: Plan | GroupPlan,
     path: str | Path,
     *,
-    apply: Apply | None,
+    apply: Apply | Mapping[str, Apply] | None,
     order: Order,
     resume: bool,
     overwrite: bool,
@@ -236,20 +329,42 @@ def prepare_storing(
     if output.location.suffix != ".zarr":
         raise InputError(f"a result is a Zarr group in a folder; got {output.location}; name it .zarr")
     check_order(order)
+    plans = plans_of(plan, ALONE)
+    if isinstance(plan, GroupPlan):
+        check_names(plans)
+    applies: dict[str, Any] = by_member(apply, plans, "apply") if isinstance(plan, GroupPlan) else {ALONE: apply}
     if not resume:
         # Before `apply` is probed, and files are looked for.
         output.check(nbytes=0, overwrite=overwrite)
     output.check_apart(plan.matrix.inputs())
-    stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
-    storing = Storing(plan, prepare_work(plan, apply), stamp, output, order, resume, overwrite)
+    alone = not isinstance(plan, GroupPlan)
+    members = tuple(Member.prepare(name, each, applies[name], alone=alone) for name, each in plans.items())
+    storing = Storing(plan, members, output, order, resume, overwrite)
     if not (resume and output.is_result(storing.request())):
         output.check(nbytes=storing.nbytes, resume=resume, overwrite=overwrite)
     storing.footprint()
     return storing
 
 
-def _create_group(stage: Stage, plan: Plan, work: Work, order: Order) -> tuple[Writer, list[FileRecord]]:
-    """Lay out the result, with the starts written already: what fills the windows, and what was written."""
+def check_names(names: Iterable[str]) -> None:
+    """Raise InputError where a result cannot have arrays of these names: they are folders, and keys of objects."""
+    for name in names:
+        if name in _BESIDE:
+            raise InputError(
+                f"a result keeps {' and '.join(_BESIDE)} beside its windows; an array is called {name!r}, too; give it "
+                f"another name in a mapping of names to paths"
+            )
+        if not ARRAY_NAME.fullmatch(name):
+            raise InputError(
+                f"arrays of a result have names that Zarr and any disk can have; got {name!r}; give it another, "
+                f"without slashes and dots before it, in a mapping of names to paths"
+            )
+
+
+def _create_group(
+    stage: Stage, plan: Plan | GroupPlan, members: tuple[Member, ...], order: Order
+) -> tuple[list[Writer], list[FileRecord]]:
+    """Lay out the result, with the starts written already: what fills each member, and what was written."""
     stage.create_group()
     one_dimensional = {"starts": plan.starts if order == "request" else plan.sorted_starts}
     if order == "chunk":
@@ -266,17 +381,65 @@ def _create_group(stage: Stage, plan: Plan, work: Work, order: Order) -> tuple[W
             attributes={},
         )
         beside += _write_values(writer, 0, values, None)
-    shape = work.result.shape
-    names = ["window", "row", *(f"column_{axis}" for axis in range(len(shape) - 1))]
-    if shape != plan.window_shape:
-        names = ["window", *(f"result_{axis}" for axis in range(len(shape)))]
-    windows = stage.create_array(
-        "windows",
-        shape=(len(plan), *shape),
-        dtype=work.result.dtype,
-        cut=cut_results(len(plan), work.result.nbytes, plan.task_windows, shape),
+    for member in members:
+        beside += _write_coordinates(stage, member, one_dimensional["starts"])
+    # Arrays of one group share the dimensions whose names they share.
+    own = "{}_" if isinstance(plan, GroupPlan) else ""
+    return [_create_member(stage, member, own.format(member.name)) for member in members], beside
+
+
+def _create_member(stage: Stage, member: Member, own: str) -> Writer:
+    """Lay out an array of windows; `own` begins the names of the dimensions that it shares with no other."""
+    shape = member.work.result.shape
+    names = ["window", "row", *(f"{own}column_{axis}" for axis in range(len(shape) - 1))]
+    told = member.description
+    if shape != member.plan.window_shape:
+        names = ["window", *(f"{own}result_{axis}" for axis in range(len(shape)))]
+    elif told.names:
+        names[2:] = [given or name for given, name in zip(told.names, names[2:], strict=True)]
+    # By this name xarray knows what belongs to the values, and is none of its own.
+    attributes = told.attributes | ({"coordinates": told.rows.name} if told.rows is not None else {})
+    return stage.create_array(
+        member.name,
+        shape=member.shape,
+        dtype=member.work.result.dtype,
+        cut=member.cut,
         compress=None,
         dimension_names=names,
-        attributes={},
+        attributes=attributes,
     )
-    return windows, beside
+
+
+def _write_coordinates(stage: Stage, member: Member, starts: NDArray[np.int64]) -> list[FileRecord]:
+    """Write what is known of the rows of each window, (n, length), and of the columns, as they were chosen."""
+    beside, length = [], member.plan.length
+    if (rows := member.description.rows) is not None:
+        values, nbytes = rows.values, length * rows.values.itemsize
+        writer = stage.create_array(
+            rows.name,
+            shape=(len(starts), length),
+            dtype=values.dtype,
+            cut=cut_results(len(starts), nbytes, max(1, SHARD_NBYTES // nbytes), (length,)),
+            compress=None,
+            dimension_names=["window", "row"],
+            attributes=rows.attributes,
+        )
+        beside += writer.write(
+            0,
+            len(starts),
+            lambda first, stop: values[window_rows(starts[first:stop], length)].reshape(-1, length),
+            None,
+        )
+    for columns in member.description.columns:
+        values = columns.values
+        writer = stage.create_array(
+            columns.name,
+            shape=values.shape,
+            dtype=values.dtype,
+            cut=cut_results(len(values), values.itemsize, SHARD_NBYTES // values.itemsize, ()),
+            compress=None,
+            dimension_names=[columns.name],
+            attributes=columns.attributes,
+        )
+        beside += _write_values(writer, 0, values, None)
+    return beside

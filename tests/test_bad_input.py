@@ -131,6 +131,7 @@ def junk(tmp_path_factory, samples, values):
     (folder / "home.zarr/.profile").write_text("umask 022\n")
     pipeline.create_matrix([folder / "A.npy", folder / "A.npy"], folder / "P.zarr", shard_rows=512, chunk_rows=8)
     zarr.create_group(folder / "G.zarr").create_array("inner", data=values)
+    zarr.create_group(folder / "deep.zarr").create_group("below").create_array("inner", data=values)
     zarr.create_array(folder / "zero.zarr", shape=(0, 3), chunks=(1, 3), dtype="f8")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr warns of dtypes that other programs may not know
@@ -268,7 +269,21 @@ REQUESTS = [
     ("A.zarr --seed -1", 2, ["seed", "got -1", "at least 0"]),
     ("A.zarr --seed x", 2, ["'x'", "--help"]),
     ("A.zarr --within parts", 2, ["--within parts", "A.zarr", "drop it"]),
-    ("A.zarr --within files", 2, ["files", "parts"]),
+    ("A.zarr --within files", 3, ["nothing is at files", "check the path"]),
+    ("A.zarr --stride 0", 2, ["stride", "got 0", "at least 1"]),
+    ("A.zarr --stride 16 --count 5", 2, ["--stride", "--count", "drop one"]),
+    ("A.zarr --starts good.npy --split-by order", 2, ["--starts", "--split-by", "drop one"]),
+    ("A.zarr --part train", 2, ["--part", "no --split"]),
+    ("A.zarr --split-seed 1", 2, ["--split-seed", "no --split"]),
+    ("A.zarr --split 0.8,0.2", 2, ["--part", "got none", "train, test, 0, 1"]),
+    ("A.zarr --split 0.8,0.2 --part validation", 2, ["'validation'", "train, test, 0, 1"]),
+    ("A.zarr --split 0.8,x --part 0", 2, ["'0.8,x'", "0.8,0.1,0.1"]),
+    ("A.zarr --split 0.8,0.3 --part 0", 2, ["[0.8, 0.3]", "sum is at most 1"]),
+    ("A.zarr --split nan,0.3 --part 0", 2, ["nan", "positive"]),
+    ("A.zarr --split 0.8,0.2 --part 0 --split-seed -1", 2, ["seed", "got -1"]),
+    ("A.zarr --split 0.8,0.2 --part 0 --split-by order --split-seed 1", 2, ["--split-seed", "drop one"]),
+    ("A.zarr --split 0.8,0.2 --part 0 --split-by intervals", 2, ["part 1", "intervals"]),
+    ("A.zarr --split 0.999,0.001 --part 0", 2, ["part 1 of 2,000 rows", "none of 16 rows"]),
     ("P.zarr --within parts --length 2001", 2, ["2000 rows", "2001"]),
     ("A.zarr --order chunk", 2, ["--order chunk", "--out", "drop it"]),
     ("A.zarr --order request --out W.npy", 2, ["--order request", "W.npy", "drop it"]),
@@ -343,7 +358,7 @@ MATRICES = [
     ("memory://nothing/A.zarr", 3, ["nothing is at memory://nothing/A.zarr"]),
     (f"{LONG}.zarr", 3, [LONG]),
     ("pipe", 3, ["pipe"]),
-    ("G.zarr", 3, ["G.zarr is a group", "inner"]),
+    ("deep.zarr", 3, ["deep.zarr is a group", "write deep.zarr/below/inner"]),
     ("plain.zarr", 3, ["plain.zarr", "zarr.json", "name a folder"]),
     ("torn.zarr", 3, ["torn.zarr", "restore"]),
     ("list.zarr", 3, ["list.zarr", "restore"]),

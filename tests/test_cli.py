@@ -156,6 +156,7 @@ def test_info(cli, matrix):
         "window_nbytes_read": 800,
         "window_amplification": 1.0,
         "parts": None,
+        "scaling": None,
     }
     facts = columns(cli("info", matrix).out)
     assert (facts["present"], facts["chunks"]) == ("8 of 8 shards", "8 rows (1.25 KiB) in 8 shards of 256 rows")

@@ -378,7 +378,7 @@ def zarr_part(folder):
 )
 def test_create_is_the_way_out(write, words, tmp_path):
     source = write(tmp_path)
-    with pytest.raises(pipeline.OpenError, match=f"{words}.*; make a matrix of it with: pipeline create$"):
+    with pytest.raises(pipeline.OpenError, match=f"{words}.*; make a matrix of it with: pipeline create SOURCE DEST$"):
         pipeline.open_matrix(source)
     made = pipeline.create_matrix(source, tmp_path / "made.zarr")
     assert made.rows % ROWS == 0 or made.rows == 9

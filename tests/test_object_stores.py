@@ -411,12 +411,29 @@ def test_what_is_not_there(bucket, stored, cli, tmp_path):
         pipeline.open_matrix("s3://no-such-bucket/A.zarr")
 
 
-def test_a_group_names_its_arrays(bucket, cli):
+def test_a_group_is_its_arrays(bucket, cli):
+    """Each is opened below the URL of the group, whose options it has; deeper ones are named."""
     group = zarr.create_group(open_store(locate(f"{bucket.url}/G.zarr"), read_only=False))
-    group.create_array("inner", shape=(20, 2), dtype="f8")
-    outcome = cli("info", f"{bucket.url}/G.zarr")
+    values = np.arange(1, 41.0).reshape(20, 2)
+    group.create_array("inner", data=values)
+    group.create_array("labels", data=np.arange(20))
+    opened = pipeline.open_matrix(f"{bucket.url}/G.zarr")
+    assert [each.path for each in opened.members.values()] == [
+        f"{bucket.url}/G.zarr/inner",
+        f"{bucket.url}/G.zarr/labels",
+    ]
+    plan = pipeline.plan_windows(opened, [3, 0, 16], length=4)
+    result = pipeline.store(plan, f"{bucket.url}/W.zarr")
+    for found in (pipeline.gather(plan), result):
+        np.testing.assert_array_equal(found["inner"][:], np.stack([values[s : s + 4] for s in (3, 0, 16)]))
+        np.testing.assert_array_equal(found["labels"][:], np.stack([np.arange(s, s + 4) for s in (3, 0, 16)]))
+    assert pipeline.verify(f"{bucket.url}/W.zarr") == []
+    zarr.create_group(open_store(locate(f"{bucket.url}/D.zarr"), read_only=False)).create_group("below").create_array(
+        "inner", data=values
+    )
+    outcome = cli("info", f"{bucket.url}/D.zarr")
     assert outcome.code == 3
-    assert f"is a group with the arrays inner; write {bucket.url}/G.zarr/inner" in outcome.err
+    assert f"is a group with the arrays below/inner; write {bucket.url}/D.zarr/below/inner" in outcome.err
     assert cli("info", f"{bucket.url}/G.zarr/inner").code == 0
 
 
