@@ -22,14 +22,11 @@ _OWN_NBYTES = 64 * MIB
 
 def active_client() -> Any:
     """Return the active `distributed.Client`, or None where tasks run on a scheduler of Dask's own."""
-    if "distributed" not in sys.modules:
+    # Inside of a task the cluster's threads may all be waiting, this one among them: use Dask's own scheduler.
+    if "distributed" not in sys.modules or is_in_task():
         return None
-    from distributed import Client, get_worker
+    from distributed import Client
 
-    with suppress(ValueError):
-        # Inside of a task the cluster's threads may all be waiting, this one among them: use Dask's own scheduler.
-        get_worker()
-        return None
     if dask_config.get("scheduler", None) not in (None, "dask.distributed", "distributed"):
         return None
     try:
@@ -39,6 +36,17 @@ def active_client() -> Any:
     if client.asynchronous:
         raise InputError("tasks run on a synchronous client; got an asynchronous one; call this from a plain thread")
     return client
+
+
+def is_in_task() -> bool:
+    """Whether this thread does a task of a `distributed.Worker`."""
+    if "distributed" in sys.modules:
+        from distributed import get_worker
+
+        with suppress(ValueError):
+            get_worker()
+            return True
+    return False
 
 
 def shares_memory(client: Any) -> bool:

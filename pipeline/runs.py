@@ -21,6 +21,7 @@ from pipeline.flights import Flight, name_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Executor
 
     from dask.delayed import Delayed
 
@@ -115,6 +116,7 @@ def run_tasks(
     direct: bool = False,
     span: Sequence[str] = (),
     retried: Callable[[str], None] = _ignore,
+    pool: Executor | None = None,
 ) -> Iterator[Any]:
     """Compute tasks on the active client, or on Dask's own scheduler, and yield each result as it is there.
 
@@ -134,6 +136,8 @@ def run_tasks(
         Names the run on the dashboard, from the general to the particular.
     retried
         Told in words each time that a task is run again, after a failure that may pass.
+    pool
+        Threads for Dask's threaded scheduler, which else starts some for each thread that asks, and keeps them.
 
     Raises
     ------
@@ -161,13 +165,15 @@ def run_tasks(
         yield from flight.run(iter(tasks), window=window, held=0 if results_travel else _MOST_HELD)
         return
     left = iter(tasks)
-    limited = {"num_workers": at_once} if at_once < threads else {}
+    limited: dict[str, Any] = {"num_workers": at_once} if at_once < threads else {}
+    if pool is not None:
+        limited = {"pool": pool}
     retries = Retries(retried)
     while batch := list(islice(left, min(window(threads), max(_TOGETHER, 4 * threads)))):
         yield from _compute(batch, retries, limited)
 
 
-def _compute(batch: list[Delayed], retries: Retries, limited: dict[str, int]) -> Iterator[Any]:
+def _compute(batch: list[Delayed], retries: Retries, limited: dict[str, Any]) -> Iterator[Any]:
     """Compute tasks on Dask's own scheduler, which gives up all others when one fails."""
     while batch:
         done: dict[Any, Any] = {}

@@ -31,6 +31,7 @@ TINY = {
         replace(scenarios.SCENARIOS["store"][0], rows=3000, columns=40, count=60),
         replace(scenarios.SCENARIOS["create"][0], rows=3000, columns=40, count=60),
         replace(scenarios.SCENARIOS["clusters"][0], rows=3000, columns=40, count=60),
+        replace(scenarios.SCENARIOS["batches"][0], rows=3000, columns=40, count=700),
     )
 }
 LINEUP = {each.key: each for each in lineup.LINEUP}

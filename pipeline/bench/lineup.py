@@ -75,7 +75,9 @@ LINEUP = (
     Contender("tensorstore_index", "tensorstore, index array", "peer", "zarr", ("tensorstore",)),
     Contender("zarrs_threads", "zarrs, loop on threads", "peer", "zarr", ("zarrs",)),
     Contender("zarrs_oindex", "zarrs, oindex", "peer", "zarr", ("zarrs",)),
-    Contender("ours_threads", "this project, threads", "ours", "matrix", ("zarr", "dask"), ("gather", "clusters")),
+    Contender(
+        "ours_threads", "this project, threads", "ours", "matrix", ("zarr", "dask"), ("gather", "clusters", "batches")
+    ),
     Contender(
         "ours_cluster", "this project, cluster", "ours", "matrix", ("zarr", "distributed"), ("gather", "clusters")
     ),
@@ -89,6 +91,9 @@ LINEUP = (
     Contender("ours_tls", "this project, 2 over TLS", "ours", "matrix", ("cryptography", "distributed"), ("clusters",)),
     Contender("ours_processes", "this project, 2 processes", "ours", "matrix", ("zarr", "distributed"), ("clusters",)),
     Contender("ours_in_process", "this project, in process", "ours", "matrix", ("zarr", "distributed"), ("clusters",)),
+    Contender("memmap_batches", "np.memmap, loop", "peer", "hdf5", ("h5py",), ("batches",)),
+    Contender("torch_dataset", "torch DataLoader, our data set", "ours", "matrix", ("zarr", "torch"), ("batches",)),
+    Contender("ours_batches", "this project, batches", "ours", "matrix", ("zarr", "dask"), ("batches",)),
 )
 """The last of kind `ours` in a scenario is whom ratios are taken against."""
 

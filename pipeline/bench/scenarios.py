@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Values = Literal["counted", "smooth"]
-Task = Literal["gather", "store", "create", "clusters"]
+Task = Literal["gather", "store", "create", "clusters", "batches"]
 
 _FUSED_PIPELINE = "zarr.core.codec_pipeline.FusedCodecPipeline"
 _STEP_NBYTES = 16 * MIB
@@ -53,7 +53,7 @@ class Scenario:
     """Whether the one Zarr is compressed and all contenders read it; else there are an HDF5 file and two of Zarr."""
     task: Task = "gather"
     """What is timed: windows into an array, by all, or by this project on several clusters; into a file that is
-    flushed; or a copy of the HDF5 file, flushed."""
+    flushed; a copy of the HDF5 file, flushed; or windows into batches."""
 
     @property
     def nbytes(self) -> int:
@@ -237,6 +237,32 @@ class Job:
         return (starts[:, None] + np.arange(self.length)).ravel()
 
 
+BATCH_SIZE = 256
+"""Windows of a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchesOf:
+    """Windows that came in batches, one after the other, put together when they are looked at: after the clock."""
+
+    batches: list[NDArray[Any]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, length, columns)."""
+        return (sum(map(len, self.batches)), *self.batches[0].shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the windows."""
+        return self.batches[0].dtype
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        begin, stop, _ = part.indices(self.shape[0])
+        first, last = begin // BATCH_SIZE, -(-stop // BATCH_SIZE)
+        return np.concatenate(self.batches[first:last])[begin - first * BATCH_SIZE : stop - first * BATCH_SIZE]
+
+
 @dataclass(frozen=True, slots=True)
 class WindowsOf:
     """Windows of an array of rows, cut when they are looked at: after the clock."""
@@ -272,9 +298,11 @@ SCENARIOS = {
     "store": (replace(_SEED, name="store", task="store"),),
     "create": (replace(_SEED, name="create", task="create"),),
     "clusters": (replace(_SEED, name="clusters", task="clusters"),),
+    # More windows: ten batches, where the matrix is as small as by default.
+    "batches": (replace(_SEED, name="batches", task="batches", count=40_960),),
 }
 """At full size, by the name that the command line takes."""
-_DEFAULT_ROWS = {"seed": 125_000, "store": 125_000, "create": 125_000, "clusters": 125_000}
+_DEFAULT_ROWS = {"seed": 125_000, "store": 125_000, "create": 125_000, "clusters": 125_000, "batches": 125_000}
 
 
 def choose_scenarios(name: str, rows: int | None) -> tuple[Scenario, ...]:

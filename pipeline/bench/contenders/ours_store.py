@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipeline.bench.contenders.ours_cluster import session
-from pipeline.matrix import open_matrix
-from pipeline.plan import plan_windows
+from pipeline.groupplan import plan_windows
+from pipeline.matrices import open_matrix
 from pipeline.writeback import store
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipeline.collect import gather
-from pipeline.matrix import open_matrix
-from pipeline.plan import plan_windows
+from pipeline.groupplan import plan_windows
+from pipeline.matrices import open_matrix
 
 if TYPE_CHECKING:
     import numpy as np
