@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.batches import Batches, iter_batches
     from pipeline.cluster import connect
     from pipeline.collect import gather
     from pipeline.create import create_matrix
+    from pipeline.dataset import WindowDataset
     from pipeline.errors import (
         BudgetError,
         DiskSpaceError,
@@ -20,57 +22,80 @@ if TYPE_CHECKING:
         OutputExistsError,
         PipelineError,
     )
-    from pipeline.matrix import Matrix, open_matrix
-    from pipeline.plan import Plan, plan_windows
+    from pipeline.groupplan import GroupPlan, plan_windows
+    from pipeline.intervals import split_rows
+    from pipeline.matrices import MatrixGroup, open_matrix
+    from pipeline.matrix import Matrix
+    from pipeline.plan import Plan
     from pipeline.recording import write_manifest
-    from pipeline.starts import draw_starts
+    from pipeline.report import Report
+    from pipeline.sampler import ChunkBatchSampler
+    from pipeline.starts import draw_starts, grid_starts
     from pipeline.tasks import build_tasks
     from pipeline.verification import verify
     from pipeline.writeback import store
 
 _HOMES = {
+    "Batches": "batches",
     "BudgetError": "errors",
+    "ChunkBatchSampler": "sampler",
     "DiskSpaceError": "errors",
+    "GroupPlan": "groupplan",
     "IncompleteError": "errors",
     "InputError": "errors",
     "IntegrityError": "errors",
     "Matrix": "matrix",
+    "MatrixGroup": "matrices",
     "NotFoundError": "errors",
     "OpenError": "errors",
     "OutputExistsError": "errors",
     "PipelineError": "errors",
     "Plan": "plan",
+    "Report": "report",
+    "WindowDataset": "dataset",
     "build_tasks": "tasks",
     "connect": "cluster",
     "create_matrix": "create",
     "draw_starts": "starts",
     "gather": "collect",
-    "open_matrix": "matrix",
-    "plan_windows": "plan",
+    "grid_starts": "starts",
+    "iter_batches": "batches",
+    "open_matrix": "matrices",
+    "plan_windows": "groupplan",
+    "split_rows": "intervals",
     "store": "writeback",
     "verify": "verification",
     "write_manifest": "recording",
 }
 
 __all__ = [
+    "Batches",
     "BudgetError",
+    "ChunkBatchSampler",
     "DiskSpaceError",
+    "GroupPlan",
     "IncompleteError",
     "InputError",
     "IntegrityError",
     "Matrix",
+    "MatrixGroup",
     "NotFoundError",
     "OpenError",
     "OutputExistsError",
     "PipelineError",
     "Plan",
+    "Report",
+    "WindowDataset",
     "build_tasks",
     "connect",
     "create_matrix",
     "draw_starts",
     "gather",
+    "grid_starts",
+    "iter_batches",
     "open_matrix",
     "plan_windows",
+    "split_rows",
     "store",
     "verify",
     "write_manifest",

@@ -10,8 +10,11 @@ import click
 from click.shell_completion import CompletionItem, shell_complete
 
 _SECTIONS = {
-    "Which windows": ("count", "length", "seed", "starts", "stride", "within", "split", "part"),
-    "What of a row": ("member", "columns", "as_dtype"),
+    "Which windows": (
+        *("count", "length", "seed", "starts", "stride", "within"),
+        *("split", "part", "split_by", "split_seed"),
+    ),
+    "What of a row": ("members", "columns", "as_dtype"),
     "The source": ("dtype", "row_shape", "dataset", "axis", "create.seed"),
     "How it is stored": ("shard_rows", "chunk_rows", "compress", "create.length"),
     "What is compared": ("subset", "verify.seed", "manifest", "write_manifest"),

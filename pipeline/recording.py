@@ -13,7 +13,7 @@ from pipeline.errors import IntegrityError, OpenError, OutputExistsError
 from pipeline.manifest import Checksums, Manifest
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
 from pipeline.record import extend_crc32
-from pipeline.report import Watch
+from pipeline.report import watched
 from pipeline.sizes import count_of, format_size
 from pipeline.staging import check_apart
 from pipeline.storage import Folder, checksum
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import zarr
 
     from pipeline.locations import Url
+    from pipeline.report import Watch
     from pipeline.storage import Storage
 
 
@@ -107,7 +108,9 @@ def write_manifest(
     >>> pipeline.verify(folder / "A.npy", manifest=folder / "A.json")
     []
     """
-    prepare_recording(path, manifest, storage_options=storage_options).run(Watch())
+    recording = prepare_recording(path, manifest, storage_options=storage_options)
+    with watched("write_manifest") as watch:
+        recording.run(watch)
 
 
 def prepare_recording(

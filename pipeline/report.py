@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
+
+from pipeline.errors import InputError
+from pipeline.markup import html_table
+from pipeline.memory import PeakMemory
+from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from matplotlib.axes import Axes
+
     from pipeline.tasks import Receipt
 
 _LEAST_SECONDS = 0.2
 """A shorter run says nothing of what limited it."""
 _IDLE = 0.5
 _WASTE = 2.0
+_RESOLUTION = 250
+"""Moments that a curve keeps of the time so far; what comes between two is told with the first: bounded memory, and
+results that come in one go are not a peak."""
+_MOST_SHOWN = 6
+"""Runs of a report that have a line of their own."""
 STAGES = ("read", "decode", "apply", "write")
 """What a task does, in this order; `Watch` counts the seconds of each."""
 
@@ -75,6 +92,273 @@ class Watch:
     def say(self, line: str) -> None:
         """Tell the user what is worth knowing, though the run goes on."""
         warnings.warn(line, stacklevel=2)
+
+
+class Run(Watch):
+    """A watch that a `Report` keeps: also where its run took place, and when its bytes were delivered."""
+
+    def __init__(self, verb: str, *, threads: int, repetition: float, pulled: bool) -> None:
+        super().__init__()
+        self.verb = verb
+        """Such as "gather"."""
+        self.threads = threads
+        """Tasks that could run at once."""
+        self.repetition = repetition
+        """See `name_limit`."""
+        self.pulled = pulled
+        """Whether reading waits for a caller who takes results as it needs them."""
+        self.entered = time.perf_counter()
+        self.ended: float | None = None
+        self.failed = ""
+        """What kind of failure ended it; empty otherwise."""
+        self.times = [self.entered]
+        """When tasks were done, ascending."""
+        self.delivered = [0.0]
+        """Bytes of this run's own windows or rows by then, as they were asked for."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the run, so far."""
+        return (self.ended or time.perf_counter()) - self.entered
+
+    @property
+    def own_nbytes(self) -> float:
+        """Bytes of the windows or rows that this run delivered, and no earlier one."""
+        return self.nbytes * (self.done_units - self.kept_units) / max(1, self.units)
+
+    def task_done(self, receipt: Receipt) -> None:
+        """Count one finished task, and note when it was."""
+        super().task_done(receipt)
+        now = time.perf_counter()
+        if len(self.times) == 1 or now - self.times[-1] > (now - self.entered) / _RESOLUTION:
+            self.times.append(now)
+            self.delivered.append(0.0)
+        self.delivered[-1] = self.own_nbytes
+
+    def stages(self) -> dict[str, float]:
+        """Seconds of each stage, summed over threads, and of threads that had nothing to do."""
+        seconds = {stage: float(getattr(self, f"{stage}_seconds")) for stage in STAGES}
+        return seconds | {"idle": max(0.0, self.threads * self.seconds - sum(seconds.values()))}
+
+    def limit(self) -> tuple[str, str]:
+        """Tell what limited it, and what would help; see `name_limit`."""
+        amplification = self.nbytes_read / (self.own_nbytes or 1)
+        limit, advice = name_limit(
+            self,
+            threads=self.threads,
+            seconds=self.seconds,
+            amplification=amplification,
+            repetition=self.repetition,
+        )
+        if self.pulled and limit == "Dask":
+            return "caller", "reading waited for what is done with the results"
+        return limit, advice
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything that was counted, as `--json` names it."""
+        own = self.own_nbytes
+        return {
+            "verb": self.verb,
+            "failed": self.failed or None,
+            "seconds": self.seconds,
+            "nbytes_delivered": round(own),
+            "nbytes_read": self.nbytes_read,
+            "amplification": self.nbytes_read / own if own else None,
+            "bytes_per_second": own / self.seconds,
+            "tasks": self.done_tasks,
+            "tasks_kept": self.kept_tasks,
+            "retries": self.retries,
+            "nonfinite": self.nonfinite,
+            "threads": self.threads,
+            **{f"{stage}_seconds": getattr(self, f"{stage}_seconds") for stage in STAGES},
+            "shares": share_seconds(self),
+            "limit": self.limit()[0],
+        }
+
+
+class Report:
+    """Context manager that collects what the functions of this package that read data did in its block.
+
+    These are `gather`, `store`, `iter_batches`, `create_matrix`, `verify` and `write_manifest`. It counts what this
+    thread calls, also inside of functions. Reports may be nested: each counts what its block did.
+    In a notebook it shows itself as a table; it may be looked at while its block goes on.
+
+    Attributes
+    ----------
+    runs : list of Run
+        What was run, in this order.
+    peak_memory : int
+        Bytes that this process and its descendants held at their peak; see `PeakMemory`.
+
+    Examples
+    --------
+    >>> import pipeline
+    >>> folder = getfixture("tmp_path")
+    >>> with pipeline.Report() as report:
+    ...     matrix = pipeline.create_matrix("random:1000x20", folder / "A.zarr")
+    ...     windows = pipeline.gather(pipeline.plan_windows(matrix, [7, 300], length=16))
+    >>> [run.verb for run in report.runs], report.numbers()["runs"][1]["nbytes_delivered"]
+    (['create_matrix', 'gather'], 5120)
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self._peak = PeakMemory()
+        self._token: Token[tuple[Report, ...]] | None = None
+        self._entered = 0.0
+        self._ended: float | None = None
+
+    def __enter__(self) -> Self:
+        if self._token is not None:
+            raise InputError("a report is of one block; got a second one within it; make another Report()")
+        self.runs = []
+        self._peak.__enter__()
+        self._token = _reports.set((*_reports.get(), self))
+        self._entered, self._ended = time.perf_counter(), None
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._ended = time.perf_counter()
+        if self._token is not None:
+            _reports.reset(self._token)
+            self._token = None
+        self._peak.__exit__(*failure)
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the block, so far; 0 before it."""
+        return (self._ended or time.perf_counter()) - self._entered if self._entered else 0.0
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that this process and its descendants held at their peak, so far."""
+        return self._peak.nbytes
+
+    def numbers(self) -> dict[str, Any]:
+        """Return all that was counted, as plain numbers."""
+        return {
+            "seconds": self.seconds,
+            "nbytes_delivered": round(sum(run.own_nbytes for run in self.runs)),
+            "nbytes_read": sum(run.nbytes_read for run in self.runs),
+            "tasks": sum(run.done_tasks for run in self.runs),
+            "retries": sum(run.retries for run in self.runs),
+            "peak_memory": self.peak_memory,
+            "runs": [run.numbers() for run in self.runs],
+        }
+
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know, as words."""
+        numbers, longest = self.numbers(), max(self.runs, key=lambda run: run.seconds, default=None)
+        if longest is None:
+            return {"runs": "none: what gather, store, iter_batches and others do in the block is counted"}
+        facts = {name: _say_run(run) for name, run in list(self.named().items())[:_MOST_SHOWN]}
+        if len(self.runs) > _MOST_SHOWN:
+            facts["more runs"] = f"{len(self.runs) - _MOST_SHOWN:,}; numbers() has all"
+        facts["read"] = format_size(numbers["nbytes_read"])
+        if numbers["nbytes_delivered"]:
+            facts["read"] += f", amplification {numbers['nbytes_read'] / numbers['nbytes_delivered']:.2f}"
+        again = f", {numbers['retries']:,} run again" if numbers["retries"] else ""
+        kept = sum(run.kept_tasks for run in self.runs)
+        facts["tasks"] = f"{numbers['tasks']:,}{again}" + (f", {kept:,} finished before" if kept else "")
+        limit, advice = longest.limit()
+        facts["limit"] = f"{limit}; {advice}" if advice else limit
+        facts["seconds"] = f"{self.seconds:.2f} in all, {sum(run.seconds for run in self.runs):.2f} in runs"
+        facts["peak memory"] = format_size(self.peak_memory)
+        return facts
+
+    def named(self) -> dict[str, Run]:
+        """Runs by names that differ: the verb, and a number where there are several of it."""
+        counts, seen = Counter(run.verb for run in self.runs), Counter[str]()
+        names = {}
+        for run in self.runs:
+            seen[run.verb] += 1
+            names[run.verb if counts[run.verb] == 1 else f"{run.verb} {seen[run.verb]}"] = run
+        return names
+
+    def plot(self, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:
+        """Draw where the threads' time went in each run, and the rate over time.
+
+        Parameters
+        ----------
+        axes
+            Two axes of matplotlib, for the one and for the other. Default: of a new figure.
+
+        Raises
+        ------
+        InputError
+            If nothing was run, or matplotlib is not installed.
+        """
+        from pipeline.plots import draw_runs
+
+        if not self.runs:
+            raise InputError("a report draws what was run; nothing was; call gather or store in its block")
+        named = self.named()
+        stages = {name: run.stages() for name, run in named.items()}
+        curves = {}
+        for name, run in named.items():
+            # What comes after the last task, such as looking at what was written, is the run's time, too.
+            moments = [*run.times, run.entered + run.seconds]
+            curves[name] = [moment - self._entered for moment in moments], [*run.delivered, run.delivered[-1]]
+        return draw_runs(stages, curves, seconds=self.seconds, axes=axes)
+
+    def __repr__(self) -> str:
+        facts = self.facts()
+        width = max(map(len, facts))
+        return "Report\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in facts.items())
+
+    def _repr_html_(self) -> str:
+        bars = {name: run.stages() for name, run in list(self.named().items())[:_MOST_SHOWN]}
+        return html_table("Report", self.facts(), bars)
+
+
+_reports: ContextVar[tuple[Report, ...]] = ContextVar("reports", default=())
+
+
+@contextmanager
+def watched(verb: str, *, repetition: float = 1.0, pulled: bool = False) -> Iterator[Watch]:
+    """Yield a watch for the run in the block, which the reports around it keep.
+
+    Parameters
+    ----------
+    verb
+        Names the run.
+    repetition
+        See `name_limit`.
+    pulled
+        Whether a caller takes results as it needs them, for which reading waits.
+    """
+    reports = _reports.get()
+    if not reports:
+        yield Watch()
+        return
+    from pipeline.capacity import active_client, count_threads
+
+    run = Run(verb, threads=count_threads(active_client()), repetition=repetition, pulled=pulled)
+    for report in reports:
+        report.runs.append(run)
+    try:
+        yield run
+    except GeneratorExit:
+        # Batches that are left early are no failure.
+        raise
+    except BaseException as failure:
+        run.failed = type(failure).__name__
+        raise
+    finally:
+        run.ended = time.perf_counter()
+
+
+def _say_run(run: Run) -> str:
+    """Write what a run delivered in one line."""
+    if run.failed:
+        return f"failed after {run.seconds:.2f} s: {run.failed}"
+    if not run.units:
+        return f"nothing was left to do; {run.seconds:.2f} s"
+    own, stages = run.own_nbytes, run.stages()
+    whole = sum(stages.values()) or 1
+    shares = ", ".join(f"{stage} {value / whole:.0%}" for stage, value in stages.items() if value > whole / 200)
+    rate = f"{own / run.seconds / 1e6:,.0f} MB/s"
+    return f"{format_size(own)} in {run.seconds:.2f} s, {rate}; {count_of(run.threads, 'thread')}: {shares}"
 
 
 def share_seconds(watch: Watch) -> dict[str, float]:

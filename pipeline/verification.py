@@ -18,7 +18,7 @@ from pipeline.locations import Url
 from pipeline.manifest import Manifest
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
 from pipeline.record import METADATA, extend_crc32, parse_record
-from pipeline.report import Watch
+from pipeline.report import watched
 from pipeline.sizes import count_of, format_size
 from pipeline.storage import Folder, Objects, checksum
 from pipeline.targets import DOCUMENTS, is_document, locate_files, open_target
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from pipeline.inspection import Runs
     from pipeline.manifest import Checksums
+    from pipeline.report import Watch
     from pipeline.storage import Opened, Storage
 
 type Standard = Literal["record", "manifest", "chunks"]
@@ -167,9 +168,9 @@ def verify(
     >>> pipeline.verify(folder / "A.zarr")
     []
     """
-    return prepare_verification(path, subset=subset, seed=seed, manifest=manifest, storage_options=storage_options).run(
-        Watch()
-    )
+    checking = prepare_verification(path, subset=subset, seed=seed, manifest=manifest, storage_options=storage_options)
+    with watched("verify") as watch:
+        return checking.run(watch)
 
 
 def prepare_verification(
