@@ -50,7 +50,11 @@ def decoding_reader(
     array: zarr.Array[Any], files: Files | Keys, chunk_rows: int, row_nbytes: int, *, row: int
 ) -> ChunkReader | ArrayReader:
     """Return the reader that decodes an array's chunks; reads the one of `row`, to see that it can."""
-    whole_rows = all(chunk >= size for chunk, size in zip(array.chunks[1:], array.shape[1:], strict=True))
+    # A shard that is wider than the rows has more inner chunks beside each of theirs.
+    one_beside = array.shards is None or array.shards[1:] == array.chunks[1:]
+    whole_rows = one_beside and all(
+        chunk >= size for chunk, size in zip(array.chunks[1:], array.shape[1:], strict=True)
+    )
     known = array.shards is None or files.index is not None
     through_array = ArrayReader(array, chunk_rows, row_nbytes, files)
     if not known or not whole_rows or chunk_decoder(array) is None:

@@ -99,6 +99,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path, NDArray[Any]], None]]] = {
     "zarr-zstd": ("decoded", _zarr(chunks=(10, 0, 0), compressors=[ZstdCodec()])),
     "columns": ("decoded", _zarr(chunks=(10, 2, 2), compressors=None)),
     "columns-shards": ("decoded", _zarr(chunks=(5, 2, 3), shards=(20, 4, 3), compressors=None)),
+    "wide-shards": ("decoded", _zarr(chunks=(5, 0, 0), shards=(20, 10, 6), compressors=None)),
     "wide-chunks": ("decoded", _zarr(chunks=(300, 8, 8), compressors=None)),
     "transposed": ("decoded", _zarr(chunks=(10, 0, 0), compressors=None, filters=[TransposeCodec(order=(2, 1, 0))])),
     "big-endian": ("decoded", _zarr(chunks=(10, 0, 0), compressors=None, serializer=BytesCodec(endian="big"))),
