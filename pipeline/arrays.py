@@ -146,7 +146,9 @@ def refuse_group(group: zarr.Group, name: str, rule: str = "a matrix is one Zarr
         names = sorted(each for each, member in group.members(max_depth=None) if isinstance(member, zarr.Array))
     held = f"with the arrays {', '.join(names[:_LISTED])}" if names else "without arrays"
     held += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    way_out = f"write {name}/{names[0]}" if names else "name another folder"
+    # Of a result its windows, not what lies beside them.
+    first = min(names, key=lambda each: each in ("places", "starts"), default="")
+    way_out = f"write {name}/{first}" if names else "name another folder"
     raise OpenError(f"{rule}; {name} is a group {held}; {way_out}")
 
 

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.arrays import locate_array, open_array, open_stored
-from pipeline.errors import NotFoundError, OpenError
+from pipeline.arrays import locate_array, open_array, open_stored, read_present, reading_config
+from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError
 from pipeline.journal import digest_array
+from pipeline.locations import plain, say_failure
+from pipeline.memory import budget, held_nbytes
 from pipeline.record import ATTRIBUTE
+from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     import zarr
@@ -28,8 +31,10 @@ if TYPE_CHECKING:
 
 _SCALING = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_range", "_Unsigned")
 """Attributes of the CF conventions by which a reader makes other values of those that are stored."""
-ARRAY_NAME = re.compile(r"(?!__)[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}")
-"""What an array may be called in a Zarr group, on any file system."""
+ARRAY_NAME = re.compile(r"(?!__|zarr\.json$)[^./\\\x00-\x1f\ud800-\udfff][^/\\\x00-\x1f\ud800-\udfff]{0,199}")
+"""What an array may be called in a Zarr group on the usual file systems."""
+_OWN_DIMENSION = re.compile(r"(?:.*_)?(?:column|result)_\d+")
+"""What results call dimensions that have no name."""
 _DIMENSIONS = "_ARRAY_DIMENSIONS"
 _OURS = {ATTRIBUTE, _DIMENSIONS, "coordinates"}
 """Attributes that speak of the array's own place, and would be wrong of another."""
@@ -119,8 +124,13 @@ def _shorten(value: Any) -> str:
 
 
 def user_attributes(array: zarr.Array[Any]) -> dict[str, Any]:
-    """Attributes of an array, but for those that would be wrong of a copy."""
-    return {name: value for name, value in array.attrs.asdict().items() if name not in _OURS}
+    """Attributes of an array, but for those that would be wrong of a copy in Zarr v3."""
+    attributes = {name: value for name, value in array.attrs.asdict().items() if name not in _OURS}
+    fill = attributes.get("_FillValue")
+    if array.metadata.zarr_format == 2 and array.dtype.kind == "f" and isinstance(fill, int | float):
+        # A number there, which xarray takes for base64 here.
+        attributes["_FillValue"] = base64.b64encode(struct.pack("<d", fill)).decode()
+    return attributes
 
 
 def dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...]:
@@ -131,7 +141,7 @@ def dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...]:
     return tuple(name if isinstance(name, str) and name else None for name in names)
 
 
-def describe(array: zarr.Array[Any], *, columns: Any, casts: bool) -> Description:
+def describe(array: zarr.Array[Any], *, columns: Any, casts: bool, memory: int | None = None) -> Description:
     """Tell what travels into a result, and read the coordinates: arrays beside `array` that are named as a dimension.
 
     Parameters
@@ -140,15 +150,24 @@ def describe(array: zarr.Array[Any], *, columns: Any, casts: bool) -> Descriptio
         Index of the first axis of a row; None for all of it.
     casts
         Whether values get another dtype: `_FillValue` is a value of the old one.
+    memory
+        Limit in bytes that the user set.
+
+    Raises
+    ------
+    IntegrityError
+        If a coordinate has an absent or corrupt chunk.
+    BudgetError
+        If it does not fit in memory.
     """
     attributes = user_attributes(array)
     if casts:
         attributes.pop("_FillValue", None)
     first, *others = dimension_names(array)
-    names = tuple(name if name not in _TAKEN and others.count(name) == 1 else None for name in others)
-    found = Description(attributes, names, _read_coordinate(array, first, 0))
+    names = tuple(name if name and _may_keep(name) and others.count(name) == 1 else None for name in others)
+    found = Description(attributes, names, _read_coordinate(array, first, 0, memory))
     for axis, name in enumerate(names, start=1):
-        beside = None if name == first else _read_coordinate(array, name, axis)
+        beside = None if name == first else _read_coordinate(array, name, axis, memory)
         if beside is not None:
             values = beside.values if columns is None or axis > 1 else beside.values[columns]
             found = replace(found, columns=(*found.columns, beside._replace(values=values)))
@@ -158,10 +177,21 @@ def describe(array: zarr.Array[Any], *, columns: Any, casts: bool) -> Descriptio
     return found
 
 
-def _read_coordinate(array: zarr.Array[Any], name: str | None, axis: int) -> Coordinate | None:
+def _may_keep(name: str) -> bool:
+    """Whether a result may give this name to a dimension that has it in the matrix."""
+    return name not in _TAKEN and not _OWN_DIMENSION.fullmatch(name)
+
+
+def _read_coordinate(array: zarr.Array[Any], name: str | None, axis: int, memory: int | None) -> Coordinate | None:
     """Read the array beside another that has the name of its dimension; None where there is none that fits."""
     place = locate_array(array)
-    if name is None or name in _TAKEN or not ARRAY_NAME.fullmatch(name) or place is None or place.name in ("", name):
+    if (
+        name is None
+        or not _may_keep(name)
+        or not ARRAY_NAME.fullmatch(name)
+        or place is None
+        or place.name in ("", name)
+    ):
         return None
     try:
         beside = _open(place.parent / name if isinstance(place, Path) else place.parent.child(name))
@@ -169,7 +199,24 @@ def _read_coordinate(array: zarr.Array[Any], name: str | None, axis: int) -> Coo
         return None
     if beside.shape != (array.shape[axis],) or beside.dtype.kind not in "biuf":
         return None
-    values = np.ascontiguousarray(beside[:])
+    where = f"the coordinate {name} beside {array.store_path}"
+    allowed = budget(memory)
+    if beside.nbytes > allowed.nbytes - held_nbytes():
+        raise BudgetError(
+            f"coordinates fit in memory; {where} takes {format_size(beside.nbytes)}, {allowed.source} allows "
+            f"{format_size(allowed.nbytes)}; raise the limit, or take it away from there"
+        )
+    try:
+        values = np.ascontiguousarray(
+            read_present(reading_config(beside, fills=array.async_array.config.read_missing_chunks), (slice(None),))
+        )
+    except IntegrityError:
+        raise
+    except Exception as error:  # noqa: BLE001 (zarr, its codecs and stores raise what they like)
+        raise IntegrityError(
+            f"every chunk is there, and whole; {where} cannot be read: {say_failure(error)[:200]}; restore it, or "
+            "allow absent chunks with --missing-chunks fill (missing_chunks=)"
+        ) from plain(error)
     return Coordinate(name, values.astype(values.dtype.newbyteorder("="), copy=False), user_attributes(beside))
 
 

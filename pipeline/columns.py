@@ -207,8 +207,11 @@ def _check_columns(columns: Any, row_shape: tuple[int, ...]) -> slice | NDArray[
         raise InputError(f"{rule}; got {numbers[wrong][0]}; drop it")
     numbers = numbers.astype(np.int64)
     numbers[numbers < 0] += size
-    if (np.diff(numbers) == 1).all():
-        return slice(int(numbers[0]), int(numbers[-1]) + 1, 1)
+    steps = np.diff(numbers)
+    step = int(steps[0]) if len(steps) else 1
+    if step > 0 and (steps == step).all():
+        # One spelling of the same columns.
+        return slice(int(numbers[0]), int(numbers[-1]) + 1, step)
     return _freeze(numbers)
 
 
@@ -240,7 +243,7 @@ def _check_dtype(dtype: DTypeLike | None, stored: np.dtype[Any]) -> np.dtype[Any
         return stored
     try:
         wanted = np.dtype(dtype).newbyteorder("=")
-    except TypeError as error:
+    except (TypeError, ValueError, SyntaxError, OverflowError) as error:
         raise InputError(f"a dtype is a name that NumPy knows; got {_shorten(dtype)}; try float32") from error
     if not is_numeric(wanted) or not np.can_cast(stored, wanted, "same_kind"):
         raise InputError(

@@ -14,6 +14,7 @@ from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from pipeline.matrices import MatrixGroup
@@ -142,6 +143,15 @@ class GroupPlan:
         facts = self.facts()
         width = max(map(len, facts))
         return "GroupPlan\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in facts.items())
+
+    def plot(self) -> list[Axes]:
+        """Draw each member as `Plan.plot` does, in a figure of its own."""
+        drawn = []
+        for name, plan in self.members.items():
+            ax = plan.plot()
+            ax.set_title(f"{name}: {ax.get_title(loc='left')}", loc="left", fontsize=10)
+            drawn.append(ax)
+        return drawn
 
     def _repr_html_(self) -> str:
         return html_table("GroupPlan", self.facts(), cost_bars(self.nbytes, self.chunk, self.request))

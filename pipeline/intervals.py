@@ -34,7 +34,10 @@ def check_whole(name: str, value: object, *, least: int) -> int:
 
 def check_intervals(within: ArrayLike, rows: int) -> NDArray[np.int64]:
     """Sort intervals (m, 2) of rows; InputError where one is empty, leaves the matrix, or overlaps another."""
-    given = np.asarray(within)
+    try:
+        given = np.asarray(within)
+    except ValueError as error:
+        raise InputError(f"intervals are pairs of rows, [first, stop); got {error}; give (m, 2)") from error
     if given.ndim != 2 or given.shape[1] != 2 or not len(given) or given.dtype.kind not in "iu":
         raise InputError(
             f"intervals are whole numbers of shape (m, 2); got {given.dtype} of shape {given.shape}; give [first, stop)"
@@ -154,6 +157,8 @@ def split_rows(
     check_whole("seed", seed, least=0)
     if by not in get_args(By):
         raise InputError(f"rows are split by {', '.join(get_args(By))}; got {by!r}; name one of them")
+    if not isinstance(fractions, Mapping | Sequence | np.ndarray) or isinstance(fractions, str):
+        raise InputError(f"fractions are a list, or a mapping of names to them; got {fractions!r}; try (0.8, 0.2)")
     names = list(fractions) if isinstance(fractions, Mapping) else list(map(str, range(len(fractions))))
     shares = _check_fractions(list(fractions.values()) if isinstance(fractions, Mapping) else list(fractions))
     if block_rows is not None:
@@ -172,11 +177,14 @@ def split_rows(
         pieces = _cut_blocks(intervals, block_rows or max(length, min(_BLOCK_WINDOWS * length, few)))
         part = _deal_blocks(np.random.default_rng(seed), pieces, shares)
     split = [_merge(pieces[part == number], intervals) for number in range(len(shares))]
+    way_out = "give it a larger fraction, or more or longer intervals"
+    if by == "intervals" and within is None:
+        way_out = "name the intervals, such as recordings, by within (--within)"
     for name, each in zip(names, split, strict=True):
         if not len(each) or (each[:, 1] - each[:, 0]).max() < length:
             raise InputError(
                 f"each part holds a window; part {name} of {count_of(total, 'row')}, split by {by}, has none of "
-                f"{length} rows; give it a larger fraction, or more or longer intervals"
+                f"{length} rows; {way_out}"
             )
     return dict(zip(names, split, strict=True)) if isinstance(fractions, Mapping) else split
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from pipeline.arrays import refuse_group
+from pipeline.attributes import dimension_names
 from pipeline.errors import InputError, OpenError
 from pipeline.locations import Url, plain, store_error
 from pipeline.markup import html_table
@@ -18,7 +19,7 @@ from pipeline.sizes import format_size
 from pipeline.sources import is_numeric, refuse_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import zarr
@@ -214,6 +215,11 @@ def _open_mapping(
         if not isinstance(name, str) or not name:
             raise InputError(f"arrays of a group have names; got {name!r}; give words such as features and labels")
         if isinstance(source, Matrix):
+            if reading["check_reads"] or reading["missing_chunks"] != "error":
+                raise InputError(
+                    f"how a matrix is read is said where it is opened; {name!r} is open already; give its path, or "
+                    "open it so"
+                )
             opened[name] = source
             continue
         # Of those that are on a disk already, or open, options of a store are none.
@@ -285,7 +291,7 @@ def _choose[T](arrays: Mapping[str, T], members: Iterable[str] | None, name: str
     """Those of these names; InputError where one is not there."""
     if members is None:
         return dict(arrays)
-    if isinstance(members, str):
+    if isinstance(members, str) or not isinstance(members, Iterable):
         raise InputError(f"members are names of arrays; got {members!r}; give a list")
     wanted = list(members)
     if absent := [each for each in wanted if each not in arrays]:
@@ -303,17 +309,11 @@ def choose_members(arrays: Mapping[str, zarr.Array[Any]]) -> dict[str, zarr.Arra
     """
     tables = {name: array for name, array in arrays.items() if array.shape and is_numeric(np.dtype(array.dtype))}
     names = {name: dimension_names(array) for name, array in tables.items()}
-    first = {dims[0] for dims in names.values() if len(dims) > 1}
+    first = {dims[0] for dims in names.values() if len(dims) > 1 and dims[0] is not None}
     return {
         name: array
         for name, array in tables.items()
-        if len(names[name]) != 1 or (names[name][0] != name and (not first or names[name][0] in first))
+        if len(names[name]) > 1
+        or names[name][0] is None
+        or (names[name][0] != name and (not first or names[name][0] in first))
     }
-
-
-def dimension_names(array: zarr.Array[Any]) -> tuple[str, ...]:
-    """Names of an array's dimensions, of v3 or as xarray keeps them in v2; empty where one has none."""
-    names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
-    if not isinstance(names, list | tuple) or len(names) != array.ndim:
-        return ()
-    return tuple(names) if all(isinstance(each, str) and each for each in names) else ()

@@ -64,9 +64,11 @@ def read_by_runs(
     ascending = np.argsort(starts, kind="stable")
     starts, places = starts[ascending], places[ascending]
     joined = joins(starts, length, row_nbytes)
-    if not is_dense(joined):
+    most = _most_windows(slab_nbytes, length * row_nbytes, len(starts))
+    # Windows that overlap lie in one slab: many of them are read by spans.
+    if not is_dense(joined) and (selection is None or _most_overlapping(starts, length) <= most):
         if selection is not None:
-            nbytes_read, most = 0, _most_windows(slab_nbytes, length * row_nbytes, len(starts))
+            nbytes_read = 0
             row_shape, dtype = selection.stored_shape, selection.stored_dtype
             for numbers, block, nbytes in _read_apart(read_runs, starts, length, row_shape, dtype, most=most):
                 nbytes_read += nbytes
@@ -154,7 +156,7 @@ def read_in_slabs(
     ascending = np.argsort(starts, kind="stable")
     starts = starts[ascending]
     most = _most_windows(slab_nbytes, length * row_nbytes, len(starts))
-    if is_dense(joins(starts, length, row_nbytes)):
+    if is_dense(joins(starts, length, row_nbytes)) or _most_overlapping(starts, length) > _DENSE_SLABS * most:
         # By spans of rows: those that windows of two parts share are read for each.
         most *= _DENSE_SLABS
         block = np.empty((min(most, len(starts)), length, *row_shape), dtype)
@@ -179,6 +181,12 @@ def read_in_slabs(
     for numbers, read, nbytes in _read_apart(read_runs, starts, length, row_shape, dtype, most=most):
         taken = read if selection is None else selection.take(read, partial(window_rows, starts[numbers], length))
         yield Slab(taken, ascending[numbers], nbytes)
+
+
+def _most_overlapping(starts: NDArray[np.int64], length: int) -> int:
+    """Windows, sorted by start, of the longest run in which each overlaps the next."""
+    begins = np.flatnonzero(np.r_[True, np.diff(starts) >= length])
+    return int(np.diff(np.r_[begins, len(starts)]).max())
 
 
 def _most_windows(slab_nbytes: int | None, window_nbytes: int, count: int) -> int:

@@ -107,6 +107,9 @@ def open_named(
     opened: Matrix | MatrixGroup = open_matrix(
         path, dtype=dtype, row_shape=shape, dataset=dataset, members=members or None, **reading
     )
+    if isinstance(opened, MatrixGroup) and len(members) == 1:
+        # One array that was named is a matrix as any other.
+        return opened.members[members[0]]
     return opened
 
 
@@ -115,7 +118,7 @@ def _load_functions(text: str, planned: Plan | GroupPlan) -> Any:
     if not isinstance(planned, GroupPlan):
         return _load_function(text)
     named = [each.partition("=") for each in text.split(",")]
-    if not all(equals and name and function for name, equals, function in named):
+    if len({name for name, _, _ in named}) < len(named) or not all(all(each) for each in named):
         raise InputError(
             f"--apply of several arrays is NAME=MODULE:FUNCTION[,...]; got {text!r}; write it such as "
             f"{next(iter(planned.members))}=features:mean"

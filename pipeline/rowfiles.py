@@ -38,7 +38,8 @@ def load_intervals(path: str | Path) -> NDArray[Any]:
     if Path(path).suffix == ".npy":
         return loaded
     if loaded.size % 2 or not loaded.size:
-        raise OpenError(f"intervals are pairs, first stop a line; {path} has {loaded.size} numbers; mend it")
+        name = "standard input" if str(path) == "-" else str(path)
+        raise OpenError(f"intervals are pairs, first stop a line; {name} has {loaded.size} numbers; mend it")
     return loaded.reshape(-1, 2)
 
 

@@ -74,11 +74,12 @@ def _choose_part(
         fractions = [float(word) for word in split.split(",")]
     except ValueError as error:
         raise InputError(f"--split is fractions with commas; got {split!r}; write it such as 0.8,0.1,0.1") from error
-    known = {name: number for number, name in enumerate(name_parts(len(fractions)))}
-    known |= {str(number): number for number in range(len(fractions))}
+    names = name_parts(len(fractions))
+    known = {name: name for name in names} | {str(number): name for number, name in enumerate(names)}
     if part not in known:
         got = "none" if part is None else repr(part)
         raise InputError(f"--split goes with the --part to run; got {got}; give one of {', '.join(known)}")
     if by == "order" and seed is not None:
         raise InputError("--split-by order deals nothing at random; got --split-seed, too; drop one of the two")
-    return split_rows(rows, fractions, length=length, seed=seed or 0, by=by or "blocks", within=within)[known[part]]
+    named = dict(zip(names, fractions, strict=True))
+    return split_rows(rows, named, length=length, seed=seed or 0, by=by or "blocks", within=within)[known[part]]

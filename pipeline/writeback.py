@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 ALONE = "windows"
 """Name of the array of a result that has one."""
 _BESIDE = ("starts", "places")
+_MOST_NAME = 200
+"""Bytes of the name of an array, which is a folder's."""
 _ENOUGH_NBYTES = 1024 * MIB
 """More memory than this is only taken where the user allows it, however many threads there are."""
 
@@ -107,6 +110,11 @@ def store(
         with order `chunk` also `places` (n,) int64. Of a `GroupPlan` there is an array for each of its members, by
         its name, in place of `windows`.
 
+        Attributes of the matrix travel with it, and the names of its columns' dimensions. Of a matrix in a Zarr group
+        so do its coordinates, arrays of numbers beside it that are named as one of its dimensions: that of the rows as
+        (n, length), those of columns as they were chosen. Not so the coordinates and names of several matrices, whose
+        own would clash.
+
     Raises
     ------
     InputError
@@ -153,7 +161,8 @@ class Member:
         stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
         found = NOTHING
         if plan.matrix.array is not None:
-            found = describe(plan.matrix.array, columns=plan.columns, casts=plan.selection.casts)
+            array, casts = plan.matrix.array, plan.selection.casts
+            found = describe(array, columns=plan.columns, casts=casts, memory=plan.memory)
         if apply is not None:
             found = found.of_rows()
         if not alone:
@@ -348,16 +357,19 @@ def prepare_storing(
 
 def check_names(names: Iterable[str]) -> None:
     """Raise InputError where a result cannot have arrays of these names: they are folders, and keys of objects."""
+    alike: dict[str, str] = {}
     for name in names:
-        if name in _BESIDE:
+        if name in (*_BESIDE, "window", "row"):
             raise InputError(
-                f"a result keeps {' and '.join(_BESIDE)} beside its windows; an array is called {name!r}, too; give it "
-                f"another name in a mapping of names to paths"
+                f"a result keeps {' and '.join(_BESIDE)} beside its windows, and has dimensions window and row; an "
+                f"array is called {name!r}, too; give it another name in a mapping of names to paths"
             )
-        if not ARRAY_NAME.fullmatch(name):
+        # Some disks take names for one that differ in case, or in how a letter is composed.
+        other = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name or not ARRAY_NAME.fullmatch(name) or len(name.encode()) > _MOST_NAME:
             raise InputError(
-                f"arrays of a result have names that Zarr and any disk can have; got {name!r}; give it another, "
-                f"without slashes and dots before it, in a mapping of names to paths"
+                f"arrays of a result have names that Zarr and the usual disks can have, each its own; got "
+                f"{name!r}; give it another, without slashes and dots before it, in a mapping of names to paths"
             )
 
 

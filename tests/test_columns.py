@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from functools import partial
 
 import dask
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from zarr.storage import ObjectStore
 
 import pipeline
-from pipeline import placing, plan, preads, ranged, readers
+from pipeline import memory, placing, plan, preads, ranged, readers
 from pipeline.errors import IntegrityError
 from pipeline.tasks import prepare_work, read_slabs, read_windows
 from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
@@ -400,6 +401,86 @@ def test_attributes_and_coordinates_travel(tmp_path, version):
     with xarray.open_zarr(tmp_path / "sums.zarr", consolidated=False) as result:
         assert result.time.shape == (4, 5)
         assert "time" in result.coords
+
+
+@pytest.mark.parametrize("damage", ["absent", "garbage"])
+def test_a_coordinate_that_cannot_be_read_is_no_zeros(tmp_path, damage):
+    write_dataset(tmp_path / "S.zarr", 3)
+    [chunk] = (tmp_path / "S.zarr" / "time" / "c").iterdir()
+    if damage == "absent":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(b"garbage")
+    planned = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "S.zarr" / "A"), [50, 3], length=5)
+    with pytest.raises(IntegrityError, match="the coordinate time beside .*restore it, or allow"):
+        pipeline.store(planned, tmp_path / "w.zarr")
+    assert not (tmp_path / "w.zarr").exists()
+    if damage == "absent":
+        filled = pipeline.open_matrix(tmp_path / "S.zarr" / "A", missing_chunks="fill")
+        result = pipeline.store(pipeline.plan_windows(filled, [50, 3], length=5), tmp_path / "w.zarr")
+        assert not result["time"][:].any()
+
+
+def test_coordinates_are_in_the_budget(tmp_path):
+    group = zarr.create_group(tmp_path / "S.zarr")
+    rows = 4_000_000
+    group.create_array("x", shape=(rows,), dtype="i1", chunks=(rows,), dimension_names=["time"])[:] = 1
+    group.create_array("time", shape=(rows,), dtype="f8", chunks=(rows,), dimension_names=["time"])[:] = 1
+    held = memory.held_nbytes() + 16 * 2**20
+    planned = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "S.zarr" / "x"), [5], length=5, memory=held)
+    with pytest.raises(pipeline.BudgetError, match="coordinate time"):
+        pipeline.store(planned, tmp_path / "w.zarr")
+
+
+def test_windows_of_windows_open_in_xarray(tmp_path):
+    """Names that a result gives to dimensions are no names of the next one's source."""
+    np.save(tmp_path / "A.npy", distinct(100, (6, 2)))
+    matrix = pipeline.open_matrix(tmp_path / "A.npy")
+    pipeline.store(pipeline.plan_windows(matrix, range(50), length=4), tmp_path / "w.zarr")
+    again = pipeline.open_matrix(tmp_path / "w.zarr" / "windows")
+    result = pipeline.store(pipeline.plan_windows(again, [3, 40], length=2), tmp_path / "v.zarr")
+    assert result["windows"].metadata.dimension_names == ("window", "row", "column_0", "column_1", "column_2")
+    with xarray.open_zarr(tmp_path / "v.zarr", consolidated=False) as opened:
+        assert opened.windows.shape == (2, 2, 4, 6, 2)
+
+
+def test_a_fill_value_of_an_older_format_is_one_that_xarray_reads(tmp_path):
+    array = zarr.create_array(
+        tmp_path / "A.zarr",
+        shape=(60, 2),
+        dtype="f8",
+        zarr_format=2,
+        fill_value=None,
+        attributes={"_FillValue": -9999.0},
+    )
+    array[:] = distinct(60, (2,))
+    array[20] = -9999
+    pipeline.store(
+        pipeline.plan_windows(pipeline.open_matrix(tmp_path / "A.zarr"), [19], length=3), tmp_path / "w.zarr"
+    )
+    with xarray.open_zarr(tmp_path / "w.zarr", consolidated=False) as opened:
+        assert np.isnan(opened.windows[0, 1]).all()
+        assert opened.windows[0, 0].values.tolist() == [39, 40]
+
+
+def test_windows_of_which_many_overlap_are_read_in_slabs(tmp_path, monkeypatch):
+    """A long run of overlapping windows among many that lie apart: what is held stays within what the plan says."""
+    values = np.lib.format.open_memmap(tmp_path / "A.npy", "w+", "f8", (12_000, 500))
+    values[:] = np.arange(12_000.0)[:, None]
+    starts = np.concatenate([np.arange(1000, 1800, 2), np.arange(2_000, 11_900, 40)])
+    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 1)
+    monkeypatch.setattr("pipeline.plan._TASKS_PER_THREAD", 1)
+    planned = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "A.npy"), starts, length=16, columns=[0, 499])
+    with dask.config.set(scheduler="sync", num_workers=1):
+        pipeline.gather(planned)
+        tracemalloc.start()
+        try:
+            windows = pipeline.gather(planned)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    np.testing.assert_array_equal(windows, stack(values[:, [0, 499]], starts, 16))
+    assert peak < planned.nbytes + planned.reading_nbytes
 
 
 def test_coordinates_that_change_make_another_request(tmp_path):

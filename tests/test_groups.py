@@ -418,7 +418,25 @@ def prepare_footprint(plan: Any) -> int:
     return prepare_gathering(plan, **given).footprint().peak_nbytes
 
 
-@pytest.mark.parametrize("name", ["a/b", "starts", "places", ".hidden", "..", "__own", "a\nb", "x" * 300])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/b",
+        "starts",
+        "places",
+        "row",
+        "window",
+        "zarr.json",
+        ".hidden",
+        "..",
+        "__own",
+        "a\nb",
+        "x" * 300,
+        "ä" * 200,
+        "\ud800",
+        "Good Name",
+    ],
+)
 def test_names_that_a_result_cannot_have(samples, tmp_path, name):
     group = pipeline.open_matrix({name: samples / "F.zarr", "good name": samples / "labels.npy"})
     plan = pipeline.plan_windows(group, STARTS, length=LENGTH)
@@ -610,7 +628,9 @@ def test_the_verbs_take_a_group(samples, cli):
         ("run {G}/labels --out w.zarr", 0, ["(30, 9) int64"]),
         ("run {G} --apply labels=apply_me:last --out w.zarr", 0, ["labels (30) int64"]),
         ("run {G} --apply apply_me:last", 2, ["NAME=MODULE:FUNCTION"]),
-        ("run {G} --member features --columns 0:2", 0, ["features (30, 9, 2) float32"]),
+        ("run {G} --member features --columns 0:2 --out w.npy", 0, ["(30, 9, 2) float32", "w.npy"]),
+        ("run {G} --member features --apply apply_me:last --out w.npy", 0, ["(30, 6) float32"]),
+        ("run {G} --apply labels=apply_me:last,labels=apply_me:last", 2, ["NAME=MODULE:FUNCTION"]),
         ("run {G} --columns 0:2", 2, ["--columns is for one matrix", "--member"]),
         ("run {G} --member nothing", 2, ["has no 'nothing'", "codes, features, labels, signal"]),
         ("run {F} --member labels", 2, ["one matrix", "drop it"]),
