@@ -1,4 +1,16 @@
-"""Random windows out of a matrix that is larger than memory, as fast as the storage allows, on Dask."""
+"""Random windows out of a matrix that is larger than memory, as fast as the storage allows, on Dask.
+
+>>> import numpy, pipeline
+>>> folder = getfixture("tmp_path")
+>>> numpy.save(folder / "A.npy", numpy.arange(20_000.0).reshape(1_000, 20))
+>>> matrix = pipeline.create_matrix(folder / "A.npy", folder / "A.zarr")
+>>> starts = pipeline.draw_starts(matrix.rows, length=16, count=100, seed=0)
+>>> plan = pipeline.plan_windows(matrix, starts, length=16)
+>>> with pipeline.connect(dashboard_address=None):
+...     windows = pipeline.gather(plan)
+>>> windows.shape
+(100, 16, 20)
+"""
 
 from __future__ import annotations
 
@@ -112,4 +124,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted(__all__)

@@ -136,8 +136,8 @@ def fit_memory(
     needed = before + _OWN_NBYTES + task_nbytes
     if needed > allowed.nbytes:
         raise BudgetError(
-            f"a run fits its memory; {what} needs {format_size(needed)}, {allowed.source} allows "
-            f"{format_size(allowed.nbytes)}; {way_out}"
+            f"a run fits its memory; {what} needs {format_size(needed)}, {format_size(before - held)} held already, "
+            f"{allowed.source} allows {format_size(allowed.nbytes)}; {way_out}"
         )
     most = allowed.nbytes if enough is None or limit is not None else min(allowed.nbytes, max(needed, before + enough))
     fits = 1 + (most - needed) // max(1, task_nbytes)

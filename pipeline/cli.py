@@ -76,7 +76,11 @@ Exit codes:
 The environment variable PIPELINE_NAME sets an option, such as PIPELINE_MEMORY=8GB; not so --out, --overwrite, --order,
 --dry-run and those that shape the report.
 
-Completion in bash: eval "$(_PIPELINE_COMPLETE=bash_source pipeline)", in zsh and fish with their names.
+\b
+Completion:
+  bash   eval "$(_PIPELINE_COMPLETE=bash_source pipeline)"
+  zsh    eval "$(_PIPELINE_COMPLETE=zsh_source pipeline)"
+  fish   _PIPELINE_COMPLETE=fish_source pipeline | source
 """
 
 
@@ -208,7 +212,7 @@ def cli(context: click.Context) -> None:
         "pipeline create A.bin A.zarr --dtype float32 --row-shape 2000 --dry-run",
     )
 )
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, shell_complete=complete_files)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, shell_complete=complete_files)
 @click.argument("dest", metavar="DEST", shell_complete=complete_files)
 @option("--dtype", help="Of raw binary, such as float32 or >i2; also of random:.")
 @option("--row-shape", metavar="N[,N...]", help="Shape of a row of raw binary.")
@@ -248,6 +252,8 @@ def create(
     random:ROWSxCOLS. Several are stacked by rows. DEST is a path, or a URL such as s3://bucket/A.zarr.
     """
     begin = time.perf_counter()
+    if not sources:
+        raise InputError(f"create takes SOURCE... and DEST; got {dest} alone; name the destination, too")
     with _loading():
         from pipeline.create import plan_creation
         from pipeline.memory import PeakMemory

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.cluster import check_client
 from pipeline.errors import InputError, IntegrityError
-from pipeline.groupplan import GroupPlan, by_member
+from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.identity import name_function
 from pipeline.journal import Request, digest_array
 from pipeline.locations import locate
@@ -395,6 +395,7 @@ def prepare_gathering(
     overwrite: bool,
 ) -> Gathering | GroupGathering:
     """Check everything that `gather` needs before it begins: files, `apply`, destination, memory."""
+    check_plan(plan)
     if isinstance(plan, GroupPlan):
         return _prepare_group(plan, apply, out, resume=resume)
     given: Any = {"apply": apply, "out": out}

@@ -73,8 +73,7 @@ def profile_options(options: dict[str, Any], name: str) -> dict[str, Any]:
         if known or not (named or secrets.is_file()):
             return options
         raise OpenError(
-            f"credentials are those of a profile; {name} needs botocore to read {secrets.parent}; pip install "
-            f"'random-windows[s3]'"
+            f"credentials are those of a profile; {name} needs botocore to read {secrets.parent}; pip install botocore"
         ) from error
     try:
         return _of_session(botocore.session.Session(profile=profile), given, known=known) | options

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from pipeline.errors import InputError
 from pipeline.markup import html_table
+from pipeline.matrices import MatrixGroup
 from pipeline.matrix import Matrix
 from pipeline.plan import Cost, Plan, cost_bars, order_starts, plan_single
 from pipeline.sizes import count_of, format_size
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-    from pipeline.matrices import MatrixGroup
     from pipeline.plan import Order
 
 
@@ -253,6 +253,8 @@ def plan_windows(
     >>> windows["features"].shape, windows["labels"].shape
     ((2, 16, 2), (2, 16))
     """
+    if not isinstance(matrix, Matrix | MatrixGroup):
+        raise InputError(f"a plan is of a matrix; got {type(matrix).__name__}; open it with open_matrix")
     length = matrix.check_length(length)
     ordered = order_starts(starts, rows=matrix.rows, length=length)
     if isinstance(matrix, Matrix):
@@ -266,8 +268,15 @@ def plan_windows(
     return GroupPlan(matrix, members)
 
 
+def check_plan(plan: object) -> None:
+    """Raise InputError where something else was given, such as a matrix."""
+    if not isinstance(plan, Plan | GroupPlan):
+        raise InputError(f"a plan is what plan_windows gives; got {type(plan).__name__}; plan its windows first")
+
+
 def plans_of(plan: Plan | GroupPlan, alone: str) -> dict[str, Plan]:
     """Give the plan of each array by its name; `alone` is that of the array of a plan of one."""
+    check_plan(plan)
     return plan.members if isinstance(plan, GroupPlan) else {alone: plan}
 
 

@@ -301,9 +301,7 @@ def _open_file(path: Path) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise OpenError(
-            f"HDF5 files need h5py; it is not installed, and {path} is one; pip install 'random-windows[hdf5]'"
-        ) from error
+        raise OpenError(f"HDF5 files need h5py; it is not installed, and {path} is one; pip install h5py") from error
     try:
         return h5py.File(path, "r")
     except OSError as error:

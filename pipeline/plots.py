@@ -255,9 +255,7 @@ def _new_axes(count: int, *, height: float, ratios: tuple[float, ...] = (1,)) ->
     try:
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise InputError(
-            "pictures are drawn by matplotlib; it is not installed; do: pip install 'random-windows[plot]'"
-        ) from error
+        raise InputError("pictures are drawn by matplotlib; it is not installed; do: pip install matplotlib") from error
     _, axes = plt.subplots(count, 1, figsize=(8, height), layout="constrained", squeeze=False, height_ratios=ratios)
     return list(axes[:, 0])
 

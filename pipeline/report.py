@@ -261,7 +261,8 @@ class Report:
         kept = sum(run.kept_tasks for run in self.runs)
         facts["tasks"] = f"{numbers['tasks']:,}{again}" + (f", {kept:,} finished before" if kept else "")
         limit, advice = longest.limit()
-        facts["limit"] = f"{limit}; {advice}" if advice else limit
+        [name] = [name for name, run in self.named().items() if run is longest]
+        facts["limit" if len(self.runs) == 1 else f"limit of {name}"] = f"{limit}; {advice}" if advice else limit
         facts["seconds"] = f"{self.seconds:.2f} in all, {sum(run.seconds for run in self.runs):.2f} in runs"
         facts["peak memory"] = format_size(self.peak_memory)
         return facts

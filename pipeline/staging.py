@@ -338,7 +338,9 @@ def check_destination(path: Path, *, nbytes: int, resume: bool = False, overwrit
     partial = _partial(path)
     if _is_taken(path) and not overwrite:
         what = "exists, of another request" if resume else "exists"
-        flags = "--resume --overwrite to go on with what is kept" if _is_taken(partial) else "--overwrite"
+        flags = "--overwrite (overwrite=True)"
+        if _is_taken(partial):
+            flags = "--resume --overwrite to go on with what is kept"
         raise OutputExistsError(f"an output is written once; {path} {what}; name another, or pass {flags}")
     if _is_taken(partial) and not (overwrite or resume):
         raise OutputExistsError(

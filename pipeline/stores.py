@@ -145,7 +145,7 @@ def _connect(url: Url, *, read_only: bool, hurry: bool) -> Any:
         from obstore.exceptions import BaseError, UnknownConfigurationKeyError
     except ImportError as error:
         raise OpenError(
-            f"{url.scheme}:// needs a package; obstore is not installed; pip install 'random-windows[s3]'"
+            f"{url.scheme}:// needs a package; obstore is not installed; pip install obstore botocore"
         ) from error
     options = dict(url.options)
     straight = {key: options.pop(key) for key in _CLIENT_OPTIONS & options.keys()}

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.arrays import check_decodable
 from pipeline.columns import find_lost
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
-from pipeline.groupplan import GroupPlan
+from pipeline.groupplan import GroupPlan, check_plan
 from pipeline.readers import DirectReader, choose_reader
 from pipeline.sizes import count_of
 from pipeline.sources import is_numeric
@@ -336,6 +336,7 @@ def build_tasks(plan: Plan, *, apply: Apply | None = None, order: Order = "chunk
     >>> places, block.shape
     (array([1, 0]), (2, 16, 2))
     """
+    check_plan(plan)
     if isinstance(plan, GroupPlan):
         names = ", ".join(plan.members)
         raise InputError(f"tasks are of one array; the plan has {names}; build those of each of plan.members")

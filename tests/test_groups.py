@@ -446,6 +446,22 @@ def test_names_that_a_result_cannot_have(samples, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_plan_or_matrix(samples, tmp_path):
+    matrix = pipeline.open_matrix(samples / "F.zarr")
+    with pytest.raises(pipeline.InputError, match="a plan is of a matrix; got str; open it"):
+        pipeline.plan_windows("A.npy", STARTS, length=LENGTH)
+    for function in (pipeline.gather, pipeline.build_tasks, lambda given: pipeline.store(given, tmp_path / "w.zarr")):
+        with pytest.raises(pipeline.InputError, match="a plan is what plan_windows gives; got Matrix"):
+            function(matrix)
+
+
+def test_how_a_matrix_is_read_is_said_where_it_is_opened(samples):
+    matrix = pipeline.open_matrix(samples / "F.zarr")
+    for given in ({"check_reads": True}, {"missing_chunks": "fill"}):
+        with pytest.raises(pipeline.InputError, match="'x' is open already"):
+            pipeline.open_matrix({"x": matrix}, **given)
+
+
 def test_a_result_is_no_group_of_matrices(samples, tmp_path):
     plan = pipeline.plan_windows(pipeline.open_matrix(samples / "F.zarr"), STARTS, length=LENGTH)
     pipeline.store(plan, tmp_path / "w.zarr")

@@ -69,7 +69,7 @@ OUTSIDE = {
     "fsspec": "locations",
     "google_crc32c": "chunks decoders encoding inspection record verification",
     "h5py": "bench hdf5",
-    "matplotlib": "bench plan plots report",
+    "matplotlib": "bench groupplan plan plots report",
     "msgspec": "clusterfile settings",
     "numcodecs": "bench decoders hdf5",
     "obstore": "buckets keys storage stores",

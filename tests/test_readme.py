@@ -51,7 +51,13 @@ def steps(words):
         else:
             found[-1].append(word)
     found = [step[1:] if step[0] == "exec" else step for step in found]
-    return [step[2:] if step[:2] == ["uv", "run"] else step for step in found]
+    return [_without_uv(step) for step in found]
+
+
+def _without_uv(step):
+    if step[:2] != ["uv", "run"]:
+        return step
+    return step[3:] if step[2] == "--no-dev" else step[2:]
 
 
 @pytest.fixture

@@ -59,8 +59,7 @@ def run_bench(
     chosen = choose_scenarios(scenario, rows)
     if importlib.util.find_spec("h5py") is None and not all(each.compressed for each in chosen):
         raise InputError(
-            f"the files of {scenario} need h5py; it is not installed; pip install 'random-windows[bench]', "
-            "or take --scenario compressed"
+            f"the files of {scenario} need h5py; it is not installed; pip install h5py, or take --scenario compressed"
         )
     tables = []
     for each in chosen:
@@ -104,7 +103,7 @@ def _check_plot(plot: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise InputError("--plot needs matplotlib; it is not installed; pip install 'random-windows[bench]'") from None
+        raise InputError("--plot needs matplotlib; it is not installed; pip install matplotlib") from None
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if plot.suffix.removeprefix(".") not in known:
         raise InputError(f"--plot ends in one of {', '.join(known)}; got {plot}; rename it")
