@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
-from pipeline.capacity import active_client, count_threads, fit_memory, is_in_task
+from pipeline.capacity import active_client, closed_error, count_threads, fit_memory, is_in_task
 from pipeline.cluster import check_client
 from pipeline.epochs import Epochs
 from pipeline.errors import BudgetError, InputError
-from pipeline.groupplan import GroupPlan, by_member
+from pipeline.failures import stopped_error
+from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.intervals import check_whole
 from pipeline.journal import Request, digest_array
 from pipeline.placing import fill_array, new_array
@@ -50,6 +52,8 @@ _LEAST_TASK_NBYTES = MIB
 _TASKS_PER_THREAD = 2
 _CHECK_SHARE = 50
 """Seconds of reading for each second that looking at the matrix's files took, before the next look."""
+_CLOSE_SECONDS = 2
+"""How long what is being read may take to end when a pass is left."""
 _VERSION = 1
 
 type Group = dict[str, list[NDArray[Any]]]
@@ -59,15 +63,16 @@ type Group = dict[str, list[NDArray[Any]]]
 class Batches[Batch]:
     """Batches of windows, epoch after epoch: an iterator and a context manager. Made by `iter_batches`.
 
-    Each `iter()` begins the epoch that `set_epoch` has set, as each pass over a torch loader does, and ends the pass
-    before it; only after `load_state_dict` it begins at the batch after the one that was seen. `next()` goes on in the
-    pass under way, or begins one. `len` is the number of batches of an epoch, the same on every rank.
+    Each `iter()` begins the epoch that `set_epoch` has set, the same one again where it was not called since, and ends
+    the pass before it; only after `load_state_dict` it begins at the batch after the one that was seen. `next()` goes
+    on in the pass under way, or begins one. `len` is the number of batches of an epoch, the same on every rank.
     """
 
     def __init__(self, reading: _Reading, *, epoch: int) -> None:
         self._reading = reading
         self._next = self._seen = _Place(check_whole("epoch", epoch, least=0))
         self._under_way: Iterator[Any] | None = None
+        self._home = os.getpid()
 
     def __len__(self) -> int:
         return len(self._reading.epochs)
@@ -75,12 +80,17 @@ class Batches[Batch]:
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         self._seen, self._next = _Place(self._next.epoch, self._next.batch), _Place(self._next.epoch)
+        self._home = os.getpid()
         self._under_way = self._reading.read(self._seen)
         return self._under_way
 
     def __next__(self) -> Batch:
         if self._under_way is None:
             iter(self)
+        elif self._home != os.getpid():
+            raise InputError(
+                "a pass is read where it was begun; this process was forked from there; begin another here"
+            )
         assert self._under_way is not None
         batch: Batch = next(self._under_way)
         return batch
@@ -104,7 +114,10 @@ class Batches[Batch]:
         The one that `load_state_dict` has set goes on where it was.
         """
         if check_whole("epoch", epoch, least=0) != self._next.epoch:
-            self._next = self._seen = _Place(int(epoch))
+            self._next = _Place(int(epoch))
+            # Of a pass under way `state_dict` goes on to tell.
+            if self._under_way is None or self._seen.batch == len(self):
+                self._seen = self._next
 
     def state_dict(self) -> dict[str, Any]:
         """Tell how far the run is: plain values for JSON. Any rank's state holds for all."""
@@ -119,8 +132,8 @@ class Batches[Batch]:
         Raises
         ------
         InputError
-            If the state is none of `state_dict`, or that of another request: other starts, another matrix, batch size,
-            seed or number of ranks.
+            If the state is none of `state_dict`, or that of another request: other starts or columns, a matrix of
+            another shape or dtype, another batch size, seed or number of ranks. `apply` is not compared.
         """
         try:
             version, epoch, batch, facts = (state[key] for key in ("version", "epoch", "batch", "request"))
@@ -232,8 +245,8 @@ def iter_batches(
     BudgetError
         If what is read ahead does not fit the memory budget.
     IntegrityError
-        At the batch concerned or before: if a chunk is absent, short or corrupt, `apply` breaks its contract, or the
-        matrix changes under the run.
+        At the batch concerned or before: if a chunk is absent, short or corrupt, or `apply` breaks its contract. If
+        the matrix changes under a pass: before its last batches; those given until then may hold changed rows.
 
     Notes
     -----
@@ -253,6 +266,9 @@ def iter_batches(
     [[400.0, 14.0], [40.0, 18.0], [22.0]]
     [[14.0, 22.0], [400.0, 18.0], [40.0]]
     """
+    check_plan(plan)
+    if not isinstance(shuffle, bool | np.bool_) or not isinstance(drop_last, bool | np.bool_):
+        raise InputError(f"shuffle and drop_last are True or False; got {shuffle!r} and {drop_last!r}; choose")
     epochs = Epochs(
         count=len(plan), batch_size=batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
     )
@@ -349,7 +365,7 @@ class _Reading:
             choices = [(most >> halved, _GROUPS) for halved in range(most.bit_length())] + [(1, 1), (1, 0)]
         else:
             groups = min(self.prefetch, _GROUPS)
-            choices = [(max(1, self.prefetch // max(1, groups)), groups)]
+            choices = [(max(1, -(-self.prefetch // max(1, groups))), groups)]
         for number, (batches, groups) in enumerate(choices):
             # Batches of a group are copied apart by those who read it; the one before is the caller's still.
             copies = (batches > 1) * max(1, groups)
@@ -368,7 +384,11 @@ class _Reading:
                 if number + 1 == len(choices):
                     raise
             else:
-                return _Ahead(batches, groups, fits)
+                if client is None:
+                    return _Ahead(batches, groups, fits)
+                # Each group under way runs tasks of its own.
+                if fits >= groups or number + 1 == len(choices):
+                    return _Ahead(batches, groups, max(1, fits // max(1, groups)))
         raise AssertionError
 
     def _task_nbytes(self, member: _Member, windows: int, survey: Survey | None) -> int:
@@ -392,7 +412,7 @@ class _Reading:
 
     def _read(self, seen: _Place, watch: Watch, *, first: int, total: int) -> Iterator[Any]:
         """Yield the batches that are left, telling `watch` of every task that is done."""
-        survey = self._survey(watch)
+        survey, client = self._survey(watch), active_client()
         ahead = self.fit(survey)
         size = self.epochs.batch_size
         order = self.order(seen.epoch)[first * size :]
@@ -405,15 +425,16 @@ class _Reading:
             pool = None
             if survey.in_process and active_client() is None:
                 # One for all groups: Dask would start threads for each of ours, and keep them when those have ended.
-                pool = stack.enter_context(ThreadPoolExecutor(min(threads, ahead.at_once), "batches-task"))
-            runner = _Runner(stack, stopped, 0 if inside else ahead.groups)
+                pool = ThreadPoolExecutor(min(threads, ahead.at_once), "batches-task")
+            runner = _Runner(stack, stopped, 0 if inside else ahead.groups, pool)
 
             def read_group(places: NDArray[np.int64]) -> tuple[Group, list[Receipt]]:
-                return self._read_group(places, survey, stopped, threads, at_once=ahead.at_once, pool=pool)
+                given = {"at_once": ahead.at_once, "pool": pool, "retried": watch.task_retried}
+                return self._read_group(places, survey, stopped, threads, **given)
 
             waiting = deque(runner.submit(read_group, places) for places in islice(groups, max(1, ahead.groups)))
             while waiting:
-                group, receipts = waiting.popleft().result()
+                group, receipts = _result_of(waiting.popleft(), client)
                 for receipt in receipts:
                     watch.task_done(receipt)
                 if ahead.groups:
@@ -446,7 +467,7 @@ class _Reading:
         """Ask the workers what they see; each `apply` can travel to them where it has to."""
         sights = [sight for member in self.members.values() for sight in matrix_sights(member.plan.matrix)]
         survey = survey_workers(sights, say=watch.say, reach=True)
-        if not survey.in_process:
+        if active_client() is not None or not survey.in_process:
             for member in self.members.values():
                 check_apply_travels(member.work)
         return survey
@@ -455,23 +476,22 @@ class _Reading:
         self, places: NDArray[np.int64], survey: Survey, stopped: threading.Event, threads: int, **running: Any
     ) -> tuple[Group, list[Receipt]]:
         """Read the windows of several batches, sorted by start, and take them apart."""
-        size, receipts = self.epochs.batch_size, []
+        size = self.epochs.batch_size
+        receipts: list[Receipt] = []
         group: Group = {}
         for name, member in self.members.items():
+            if stopped.is_set():
+                raise stopped_error()
             result = member.work.result
             starts = member.plan.starts[places]
             windows = _cut_windows(len(places), result.nbytes, threads)
             ascending = np.argsort(starts, kind="stable")
             parts = [ascending[begin : begin + windows] for begin in range(0, len(places), windows)]
-            tasks = [Task(number, starts[part], part) for number, part in enumerate(parts)]
+            tasks = [Task(number, starts[part], part, places[part]) for number, part in enumerate(parts)]
             destination = new_array((len(places), *result.shape), result.dtype, survey, step=windows)
             try:
-                filling = fill_array(destination, member.work, tasks, survey, span=("pipeline", "batches"), **running)
-                with closing(filling):  # type: ignore[type-var]
-                    for receipt in filling:
-                        receipts.append(receipt)
-                        if stopped.is_set():
-                            break
+                given: dict[str, Any] = {"span": ("pipeline", "batches"), "stopped": stopped} | running
+                receipts.extend(fill_array(destination, member.work, tasks, survey, **given))
             except BaseException:
                 destination.abandon()
                 raise
@@ -488,24 +508,36 @@ class _Reading:
 class _Runner:
     """Calls functions in threads of its own, in the caller's context, or when their result is asked for.
 
-    When its stack ends, calls that have not begun never do, and the others are waited for.
+    When its stack ends, calls that have not begun never do, and the others end soon: what they fill is nobody's yet,
+    and a function that does not return is not waited for.
     """
 
-    def __init__(self, stack: ExitStack, stopped: threading.Event, threads: int) -> None:
+    def __init__(
+        self, stack: ExitStack, stopped: threading.Event, threads: int, pool: ThreadPoolExecutor | None
+    ) -> None:
+        self._pool = pool
         self._context = contextvars.copy_context()
         self._executor = ThreadPoolExecutor(threads, "batches") if threads else None
+        self._futures: deque[Future[Any]] = deque(maxlen=2 * _GROUPS)
         stack.callback(self._close, stopped)
 
     def submit[T, A](self, function: Callable[[A], T], argument: A) -> Future[T] | _Later[T, A]:
         if self._executor is None:
             return _Later(function, argument)
         # Each has the client that is active where the batches are taken; a context is entered by one at a time.
-        return self._executor.submit(self._context.copy().run, function, argument)
+        future = self._executor.submit(self._context.copy().run, function, argument)
+        self._futures.append(future)
+        return future
 
     def _close(self, stopped: threading.Event) -> None:
         stopped.set()
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+        executors = [each for each in (self._executor, self._pool) if each is not None]
+        for executor in executors:
+            executor.shutdown(wait=False, cancel_futures=True)
+        # Those that were cancelled nobody runs, and nobody calls done.
+        _, undone = wait([each for each in self._futures if not each.cancelled()], timeout=_CLOSE_SECONDS)
+        for executor in executors:
+            executor.shutdown(wait=not undone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -517,6 +549,17 @@ class _Later[T, A]:
 
     def result(self) -> T:
         return self.function(self.argument)
+
+
+def _result_of(future: Any, client: Any) -> tuple[Group, list[Receipt]]:
+    """Return what a call gave; where its client was closed meanwhile that is what is wrong."""
+    try:
+        group, receipts = future.result()
+    except Exception as error:
+        if client is not None and client.status != "running":
+            raise closed_error(client) from error
+        raise
+    return group, receipts
 
 
 def _cut_groups(batches: int, most: int) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ from dask import config as dask_config
 from dask import local, threaded
 from dask.base import get_scheduler
 
-from pipeline.errors import BudgetError, InputError
+from pipeline.errors import BudgetError, IncompleteError, InputError
 from pipeline.memory import budget, held_nbytes
 from pipeline.sizes import MIB, format_size
 
@@ -49,11 +49,20 @@ def is_in_task() -> bool:
     return False
 
 
+def closed_error(client: Any) -> IncompleteError:
+    """Return what is wrong where a client was closed under a run."""
+    return IncompleteError(
+        f"a run needs its client until it ends; it is {client.status}; read within `connect`, or close batches before"
+    )
+
+
 def shares_memory(client: Any) -> bool:
     """Whether tasks run in this process, so that they can write straight into an array of it."""
     if client is None:
         return get_scheduler() in (None, threaded.get, local.get_sync)
-    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    if client.status != "running":
+        raise closed_error(client)
+    addresses = list(client.scheduler_info(n_workers=-1).get("workers", {}))
     return bool(addresses) and all(address.startswith("inproc://") for address in addresses)
 
 

@@ -226,7 +226,7 @@ class Gathering:
         plan = self.plan
         survey = survey_workers(matrix_sights(plan.matrix), say=watch.say, reach=True)
         footprint = self.footprint(survey=survey)
-        if not survey.in_process:
+        if active_client() is not None or not survey.in_process:
             check_apply_travels(self.work)
         windows = self.fit_tasks(survey)
         if not isinstance(self.out, Path):
@@ -372,7 +372,7 @@ class GroupGathering:
         sights = [sight for member in members for sight in matrix_sights(member.plan.matrix)]
         survey = survey_workers(sights, say=watch.say, reach=True)
         at_once = self.footprint(survey).fits
-        if not survey.in_process:
+        if active_client() is not None or not survey.in_process:
             for member in members:
                 check_apply_travels(member.work)
         cuts = {name: member.fit_tasks(survey) for name, member in self.members.items()}

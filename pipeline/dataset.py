@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from itertools import batched
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
 from pipeline.decoding import ArrayReader, ChunkReader, SortedWindows
 from pipeline.errors import InputError
-from pipeline.groupplan import GroupPlan, by_member
+from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.keys import Keys
 from pipeline.memory import parse_size
 from pipeline.sizes import MIB
@@ -89,6 +90,7 @@ class WindowDataset:
         apply: Apply | Mapping[str, Apply] | None = None,
         keep: int | str | None = None,
     ) -> None:
+        check_plan(plan)
         self._named = isinstance(plan, GroupPlan)
         kept = _KEPT_NBYTES if keep is None else 0 if keep == 0 else parse_size(keep)
         plans = plan.members if isinstance(plan, GroupPlan) else {"": plan}
@@ -99,7 +101,7 @@ class WindowDataset:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, place: int | Sequence[int] | NDArray[np.int64]) -> Any:
+    def __getitem__(self, place: SupportsIndex | slice | Sequence[int] | NDArray[np.int64]) -> Any:
         """Read the window at a place, negative ones from the end; or a batch of several.
 
         Raises
@@ -107,10 +109,12 @@ class WindowDataset:
         IndexError
             If there is no such place.
         """
-        if isinstance(place, int | np.integer):
-            batch = self._read(np.array([place], np.int64))
+        number = _as_number(place)
+        if number is not None:
+            batch = self._read(np.array([number], np.int64))
             return {name: each[0] for name, each in batch.items()} if self._named else batch[""][0]
-        batch = self._read(place)
+        several: Any = range(*place.indices(self._count)) if isinstance(place, slice) else place
+        batch = self._read(several)
         return batch if self._named else batch[""]
 
     def __getitems__(self, places: Sequence[int]) -> list[Any]:
@@ -247,6 +251,16 @@ class _Member:
             reader.read_windows(np.array(part) * self.chunk_rows, length, chunks, np.arange(len(part)))
             for number, rows in zip(part, chunks, strict=True):
                 yield number, rows if len(part) == 1 else rows.copy()
+
+
+def _as_number(place: Any) -> int | None:
+    """Return a whole number of any kind, a scalar of torch among them, as an int; None where it is none."""
+    if isinstance(place, bool | np.bool_):
+        raise InputError(f"a place is a whole number, or a list of them; got {place}; give places")
+    try:
+        return operator.index(place)
+    except TypeError:
+        return None
 
 
 def _is_in_memory(files: Keys) -> bool:

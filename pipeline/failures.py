@@ -201,6 +201,11 @@ def killed_error(client: Any, killed: list[Any], undone: str, *, since: float) -
     )
 
 
+def stopped_error() -> IncompleteError:
+    """Return what ends a run that its caller has left."""
+    return IncompleteError("a run goes on while its caller waits for it; this one was left; begin it anew")
+
+
 def name_task(key: Any) -> str:
     """Stage and number of a task."""
     stage, number = key if isinstance(key, tuple) else (key, "")

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from dask.base import annotate, get_annotations
 
-from pipeline.failures import Watchdog, killed_error, task_error
+from pipeline.failures import Watchdog, killed_error, stopped_error, task_error
 from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from dask.delayed import Delayed
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pipeline.failures import Retries
 
 _CLOSE_SECONDS = 4
+_STOPPED_SECONDS = 0.2
+"""How often a run looks whether it was stopped."""
 _COUNT_SECONDS = 2
 _MOST_LOST = 16
 """Tasks, or four a thread, that may be lost in a row before the others are held back."""
@@ -47,11 +50,21 @@ class Flight:
         Tasks that run at once.
     direct
         Whether results come straight from workers; otherwise as the client is configured.
+    stopped
+        Set from another thread, it ends the run.
     """
 
     def __init__(
-        self, client: Any, annotations: dict[str, Any], retries: Retries, *, threads: int, direct: bool
+        self,
+        client: Any,
+        annotations: dict[str, Any],
+        retries: Retries,
+        *,
+        threads: int,
+        direct: bool,
+        stopped: threading.Event | None = None,
     ) -> None:
+        self._stopped = stopped
         self._client = client
         self._annotations = annotations
         self._retries = retries
@@ -168,9 +181,12 @@ class Flight:
 
     def _next_ended(self) -> _Ended | None:
         """Return what ended next; None where nothing has, and it is time to look after something else."""
+        if self._stopped is not None and self._stopped.is_set():
+            raise stopped_error()
         pause = self._retries.pause()
+        most = math.inf if self._stopped is None else _STOPPED_SECONDS
         try:
-            ended = self._ended.get(timeout=min(self._watchdog.pause(), math.inf if pause is None else pause))
+            ended = self._ended.get(timeout=min(self._watchdog.pause(), math.inf if pause is None else pause, most))
         except Empty:
             self._watchdog.look()
             return None

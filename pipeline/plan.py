@@ -72,7 +72,9 @@ class Task:
     starts: NDArray[np.int64]
     """(k,) matrix rows."""
     places: NDArray[np.int64]
-    """(k,) each window's position in the request."""
+    """(k,) each window's position in the request, or in what is filled."""
+    asked: NDArray[np.int64] | None = None
+    """(k,) positions in the request, where `places` are others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import uuid
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from dask.callbacks import Callback
 
 from pipeline.capacity import active_client, count_threads, shares_memory
 from pipeline.errors import IncompleteError
-from pipeline.failures import Retries
+from pipeline.failures import Retries, stopped_error
 from pipeline.flights import Flight, name_span
 
 if TYPE_CHECKING:
@@ -117,6 +116,7 @@ def run_tasks(
     span: Sequence[str] = (),
     retried: Callable[[str], None] = _ignore,
     pool: Executor | None = None,
+    stopped: threading.Event | None = None,
 ) -> Iterator[Any]:
     """Compute tasks on the active client, or on Dask's own scheduler, and yield each result as it is there.
 
@@ -138,6 +138,8 @@ def run_tasks(
         Told in words each time that a task is run again, after a failure that may pass.
     pool
         Threads for Dask's threaded scheduler, which else starts some for each thread that asks, and keeps them.
+    stopped
+        Set from another thread, it ends the run soon, as IncompleteError; tasks that run are not waited for.
 
     Raises
     ------
@@ -161,7 +163,7 @@ def run_tasks(
         return at_once if at_once < threads else most
 
     if client is not None:
-        flight = Flight(client, name_span(span), Retries(retried), threads=threads, direct=direct)
+        flight = Flight(client, name_span(span), Retries(retried), threads=threads, direct=direct, stopped=stopped)
         yield from flight.run(iter(tasks), window=window, held=0 if results_travel else _MOST_HELD)
         return
     left = iter(tasks)
@@ -170,10 +172,14 @@ def run_tasks(
         limited = {"pool": pool}
     retries = Retries(retried)
     while batch := list(islice(left, min(window(threads), max(_TOGETHER, 4 * threads)))):
-        yield from _compute(batch, retries, limited)
+        if stopped is not None and stopped.is_set():
+            raise stopped_error()
+        yield from _compute(batch, retries, limited, stopped or threading.Event())
 
 
-def _compute(batch: list[Delayed], retries: Retries, limited: dict[str, Any]) -> Iterator[Any]:
+def _compute(
+    batch: list[Delayed], retries: Retries, limited: dict[str, Any], stopped: threading.Event
+) -> Iterator[Any]:
     """Compute tasks on Dask's own scheduler, which gives up all others when one fails."""
     while batch:
         done: dict[Any, Any] = {}
@@ -186,7 +192,8 @@ def _compute(batch: list[Delayed], retries: Retries, limited: dict[str, Any]) ->
             # Which of them it was is not told: the first that is left stands for it.
             if not batch or not retries.postpone(batch[0], failure):
                 raise
-            time.sleep(retries.pause() or 0)
+            if stopped.wait(retries.pause() or 0):
+                raise stopped_error() from failure
             retries.waiting.clear()
         else:
             yield from results

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.decoding import touched_units
 from pipeline.epochs import Epochs
-from pipeline.groupplan import GroupPlan
+from pipeline.groupplan import GroupPlan, check_plan
 from pipeline.intervals import check_whole
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class ChunkBatchSampler:
     Parameters
     ----------
     plan
-        As `plan_windows` gives it. Of a `GroupPlan` the array with the longest chunks decides.
+        As `plan_windows` gives it. Of a `GroupPlan` the array decides whose chunks are decoded, the longest of them.
     batch_size
         Windows of a batch.
     seed
@@ -84,13 +84,14 @@ class ChunkBatchSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        check_plan(plan)
         self._epochs = Epochs(
             count=len(plan), batch_size=batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
         )
         self._pool_blocks = check_whole("blocks", blocks, least=1)
         self._epoch = 0
         plans = plan.members.values() if isinstance(plan, GroupPlan) else [plan]
-        chosen = max(plans, key=_block_rows)
+        chosen = max(plans, key=lambda each: (each.matrix.layout.reader == "decoded", _block_rows(each)))
         self._starts, self._length = chosen.starts, chosen.length
         layout = chosen.matrix.layout
         self._chunk_rows = layout.chunk_rows if layout.reader == "decoded" else 0
@@ -116,7 +117,8 @@ class ChunkBatchSampler:
         plain shuffle. How far windows travel within the epoch is not in it: blocks do, all the way.
         """
         share, _ = self._share()
-        plain = self._epochs.generator(self._epoch).permutation(share)
+        epochs = self._epochs
+        plain = epochs.even(epochs.generator(self._epoch).permutation(epochs.count))[epochs.rank :: epochs.world_size]
         most = self._entropy(plain)
         return min(1.0, self._entropy(share) / most) if most else 1.0
 

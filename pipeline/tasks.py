@@ -270,7 +270,7 @@ def make_block(work: Work, task: Task) -> tuple[NDArray[Any], Receipt]:
     if work.apply is None:
         return block, receipt
     begin = time.perf_counter()
-    start, place = int(task.starts[0]), int(task.places[0])
+    start, place = int(task.starts[0]), int((task.places if task.asked is None else task.asked)[0])
     try:
         made = cast_result(call_apply(work.apply, block, start, place), work.result, start, place)
     except PipelineError as error:
@@ -288,7 +288,7 @@ def check_apply_travels(work: Work) -> None:
     except Exception as error:  # what is pickled raises what it likes
         raise InputError(
             f"apply is sent to worker processes; it cannot be pickled: {_words(error)}; make what it needs inside of "
-            "it, or set processes: false"
+            "it, or run without a client"
         ) from error
 
 

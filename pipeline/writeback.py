@@ -269,7 +269,7 @@ class Storing:
     def run(self, watch: Watch) -> zarr.Group:
         """Read and write the windows, telling `watch` of every task that is done."""
         plan, footprint, given = self.plan, self.footprint(), {"resume": self.resume, "overwrite": self.overwrite}
-        if not shares_memory(active_client()):
+        if active_client() is not None or not shares_memory(None):
             for member in self.members:
                 check_apply_travels(member.work)
         request = self.request()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 import pipeline
 from pipeline import batches as module
 from pipeline import placing, workers
-from pipeline.errors import BudgetError, InputError, IntegrityError
+from pipeline.errors import BudgetError, IncompleteError, InputError, IntegrityError
 from tests.layouts import LAYOUTS, distinct, open_layout, stack
 
 LENGTH = 7
@@ -58,6 +59,19 @@ def processes():
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+kept = []
+"""A function that cannot be pickled, for `call_kept`."""
+
+
+def take_all(batches):
+    while True:
+        next(batches)
+
+
+def call_kept(block):
+    return kept[0](block)
 
 
 def ours():
@@ -400,6 +414,58 @@ class TestEnds:
         assert time.monotonic() - begin < 5
         timer.join()
         assert ours() == []
+
+    @pytest.mark.parametrize("kind", ["slow", "retried"])
+    @pytest.mark.parametrize("where", ["threads", "cluster"])
+    def test_what_does_not_return_is_not_waited_for(self, plan, kind, where):
+        """A function that takes long, or tasks that wait to be run again: a pass that is left ends all the same."""
+        released, begun = threading.Event(), threading.Event()
+
+        def apply(block):
+            if len(block) > 1 and kind == "retried":
+                begun.set()
+                raise ConnectionError("the network is away")
+            if len(block) > 1:
+                begun.set()
+                released.wait(20)
+            return block[:, 0, 0, 0]
+
+        cluster = pipeline.connect(dashboard_address=None) if where == "cluster" else nullcontext()
+        kept[:] = [apply]
+        with cluster:
+            batches = pipeline.iter_batches(plan, 20, apply=call_kept)
+            timer = threading.Timer(0.3, lambda: begun.wait(10) and os.kill(os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                next(batches)
+            begin = time.monotonic()
+            batches.close()
+            assert time.monotonic() - begin < 4
+            timer.join()
+            released.set()
+
+    def test_a_client_that_was_closed(self, plan):
+        with pipeline.connect(dashboard_address=None):
+            batches = pipeline.iter_batches(plan, 5, prefetch=1)
+            next(batches)
+        with pytest.raises(IncompleteError, match="needs its client until it ends"):
+            take_all(batches)
+        batches.close()
+        assert ours() == []
+
+    def test_an_error_names_the_place_in_the_request(self, plan, starts):
+        at = 31
+
+        def fail(block):
+            if (block[:, 0] == distinct()[starts[at]]).all(axis=(1, 2)).any():
+                raise ValueError("no")
+            return block[:, 0, 0, 0]
+
+        batches = pipeline.iter_batches(plan, 1, apply=fail, shuffle=True, epoch=2)
+        with pytest.raises(IntegrityError) as caught:
+            list(batches)
+        row, place = map(int, re.search(r"row (\d+) \(place (\d+)\)", str(caught.value)).groups())
+        assert starts[place] == row
 
     def test_an_error_of_a_task_comes_with_its_batch(self, folder, starts, windows):
         bad = int(starts[40])

@@ -44,5 +44,7 @@ def test_what_a_process_holds_already_does_not_slow_its_runs(monkeypatch):
 
 @pytest.mark.usefixtures("ten_gib")
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(BudgetError, match="a task needs 264 MiB, 0 B held already, a limit allows 263 MiB; raise the limit"):
+    with pytest.raises(
+        BudgetError, match="a task needs 264 MiB, 0 B held already, a limit allows 263 MiB; raise the limit"
+    ):
         capacity.fit_memory(200 * MIB, 263 * MIB, threads=2, what="a task")

@@ -49,6 +49,26 @@ def plan_of(folder, starts, name):
     return pipeline.plan_windows(open_layout(folder, name), starts, length=LENGTH)
 
 
+def test_places_of_every_kind(folder, starts, windows):
+    dataset = pipeline.WindowDataset(plan_of(folder, starts, "npy"))
+    np.testing.assert_array_equal(dataset[np.array(3)], windows[3])
+    np.testing.assert_array_equal(dataset[2:9:3], windows[2:9:3])
+    for wrong in (True, 1.5, "a"):
+        with pytest.raises(InputError, match="a place is a whole number"):
+            dataset[wrong]
+
+
+def test_a_matrix_is_no_plan(folder):
+    matrix = open_layout(folder, "npy")
+    for function in (
+        pipeline.WindowDataset,
+        lambda given: pipeline.ChunkBatchSampler(given, 4),
+        lambda given: pipeline.iter_batches(given, 4),
+    ):
+        with pytest.raises(InputError, match="a plan is what plan_windows gives; got Matrix"):
+            function(matrix)
+
+
 @pytest.mark.parametrize("keep", [None, 0, 3000])
 @pytest.mark.parametrize("name", NAMES)
 def test_windows_of_every_reader(folder, starts, windows, name, keep):
@@ -228,6 +248,22 @@ class TestSampler:
             _ = dataset[places]
             kept = dataset._members[""].kept.values()
             assert sum((each if each.base is None else each.base).nbytes for each in kept) <= 3 * 50 * 16
+
+    def test_of_a_group_the_array_decides_that_is_decoded(self, dense, tmp_path):
+        dense, _ = dense
+        np.save(tmp_path / "y.npy", np.arange(dense.matrix.rows))
+        group = pipeline.open_matrix({"x": dense.matrix, "y": tmp_path / "y.npy"})
+        both = pipeline.plan_windows(group, dense.starts, length=dense.length)
+        alone, beside = (pipeline.ChunkBatchSampler(plan, 16, blocks=3) for plan in (dense, both))
+        assert beside.count_decoded() == alone.count_decoded() > 0
+        assert beside.randomness() == alone.randomness() < 0.95
+
+    def test_more_ranks_are_not_more_random(self, dense):
+        dense, _ = dense
+        scores = [
+            pipeline.ChunkBatchSampler(dense, 16, blocks=2, world_size=world_size).randomness() for world_size in (1, 4)
+        ]
+        assert scores[1] < scores[0] * 1.1
 
     def test_more_blocks_are_more_random(self, dense):
         plan, _ = dense
