@@ -27,13 +27,13 @@ from pipeline.placing import fill_array, new_array
 from pipeline.plan import BLOCK_NBYTES, Task
 from pipeline.report import watched
 from pipeline.sights import matrix_sights
-from pipeline.sizes import MIB
+from pipeline.sizes import MIB, count_of
 from pipeline.stamps import stamp_matrix
 from pipeline.tasks import Apply, Work, check_apply_travels, prepare_work
 from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator, Mapping
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -71,8 +71,7 @@ class Batches[Batch]:
     def __init__(self, reading: _Reading, *, epoch: int) -> None:
         self._reading = reading
         self._next = self._seen = _Place(check_whole("epoch", epoch, least=0))
-        self._under_way: Iterator[Any] | None = None
-        self._home = os.getpid()
+        self._under_way: _Pass | None = None
 
     def __len__(self) -> int:
         return len(self._reading.epochs)
@@ -80,17 +79,12 @@ class Batches[Batch]:
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         self._seen, self._next = _Place(self._next.epoch, self._next.batch), _Place(self._next.epoch)
-        self._home = os.getpid()
-        self._under_way = self._reading.read(self._seen)
+        self._under_way = _Pass(self._reading.read(self._seen))
         return self._under_way
 
     def __next__(self) -> Batch:
         if self._under_way is None:
             iter(self)
-        elif self._home != os.getpid():
-            raise InputError(
-                "a pass is read where it was begun; this process was forked from there; begin another here"
-            )
         assert self._under_way is not None
         batch: Batch = next(self._under_way)
         return batch
@@ -152,9 +146,13 @@ class Batches[Batch]:
 
     def close(self) -> None:
         """End the pass under way: what is being read is stopped, and its memory let go of."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.close()  # type: ignore[attr-defined]
+        if self._under_way is not None:
+            self._under_way.close()
+        self._under_way = None
+
+    def __repr__(self) -> str:
+        each = count_of(self._reading.epochs.batch_size, "window")
+        return f"Batches({len(self):,} of {each}, epoch {self._seen.epoch}, {self._seen.batch:,} handed out)"
 
 
 @overload
@@ -286,6 +284,39 @@ def iter_batches(
     return Batches(reading, epoch=epoch)
 
 
+class _Pass:
+    """One pass: batches for one thread at a time of the process that began it; a failure is raised again."""
+
+    def __init__(self, batches: Generator[Any, None, None]) -> None:
+        self._batches = batches
+        self._failure: Exception | None = None
+        self._lock = threading.Lock()
+        self._home = os.getpid()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        if self._home != os.getpid():
+            raise InputError("a pass is read where it was begun; this process was forked from there; begin one here")
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return next(self._batches)
+            except StopIteration:
+                raise
+            except Exception as error:
+                self._failure = error
+                raise
+
+    def close(self) -> None:
+        """End it, once a thread that waits for a batch has it; nothing is done to that of a parent process."""
+        if self._home == os.getpid():
+            with self._lock:
+                self._batches.close()
+
+
 @dataclass(slots=True)
 class _Place:
     """Where a run is; told while a pass goes on."""
@@ -402,7 +433,7 @@ class _Reading:
         each = plan.reading_nbytes + 2 * block * elsewhere
         return each if work.apply is None else each + windows * plan.window_nbytes + block
 
-    def read(self, seen: _Place) -> Iterator[Any]:
+    def read(self, seen: _Place) -> Generator[Any, None, None]:
         """Yield the batches of a pass, counting them in `seen`."""
         first, total = seen.batch, len(self.epochs)
         if first == total:
@@ -469,7 +500,7 @@ class _Reading:
         survey = survey_workers(sights, say=watch.say, reach=True)
         if active_client() is not None or not survey.in_process:
             for member in self.members.values():
-                check_apply_travels(member.work)
+                check_apply_travels(member.work, in_process=survey.in_process)
         return survey
 
     def _read_group(

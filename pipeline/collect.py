@@ -227,7 +227,7 @@ class Gathering:
         survey = survey_workers(matrix_sights(plan.matrix), say=watch.say, reach=True)
         footprint = self.footprint(survey=survey)
         if active_client() is not None or not survey.in_process:
-            check_apply_travels(self.work)
+            check_apply_travels(self.work, in_process=survey.in_process)
         windows = self.fit_tasks(survey)
         if not isinstance(self.out, Path):
             watch.begin(plan.count_tasks(windows), len(plan), plan.nbytes)
@@ -374,7 +374,7 @@ class GroupGathering:
         at_once = self.footprint(survey).fits
         if active_client() is not None or not survey.in_process:
             for member in members:
-                check_apply_travels(member.work)
+                check_apply_travels(member.work, in_process=survey.in_process)
         cuts = {name: member.fit_tasks(survey) for name, member in self.members.items()}
         tasks = sum(member.plan.count_tasks(cuts[name]) for name, member in self.members.items())
         watch.begin(tasks, len(self.plan) * len(self.members), self.plan.nbytes)

@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.keys import Keys
 from pipeline.memory import parse_size
-from pipeline.sizes import MIB
+from pipeline.sizes import MIB, count_of
 from pipeline.stamps import stamp_matrix
 from pipeline.tasks import call_apply, cast_result, prepare_work
 
@@ -100,6 +100,9 @@ class WindowDataset:
 
     def __len__(self) -> int:
         return self._count
+
+    def __repr__(self) -> str:
+        return f"WindowDataset({count_of(self._count, 'window')})"
 
     def __getitem__(self, place: SupportsIndex | slice | Sequence[int] | NDArray[np.int64]) -> Any:
         """Read the window at a place, negative ones from the end; or a batch of several.
@@ -257,6 +260,8 @@ def _as_number(place: Any) -> int | None:
     """Return a whole number of any kind, a scalar of torch among them, as an int; None where it is none."""
     if isinstance(place, bool | np.bool_):
         raise InputError(f"a place is a whole number, or a list of them; got {place}; give places")
+    if getattr(place, "ndim", 0):
+        return None
     try:
         return operator.index(place)
     except TypeError:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.intervals import check_whole
+from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class Epochs:
             )
         if not len(self):
             raise InputError(
-                f"an epoch has a batch; {self.count:,} windows on {self.world_size:,} ranks fill none of "
+                f"an epoch has a batch; {self.count:,} windows on {count_of(self.world_size, 'rank')} fill none of "
                 f"{self.batch_size:,}, and drop_last leaves them out; take a smaller batch_size"
             )
 

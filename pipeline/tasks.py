@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import sys
 import threading
 import time
@@ -279,16 +281,23 @@ def make_block(work: Work, task: Task) -> tuple[NDArray[Any], Receipt]:
     return made, replace(receipt, apply_seconds=time.perf_counter() - begin, nonfinite=nonfinite)
 
 
-def check_apply_travels(work: Work) -> None:
-    """Raise InputError where `apply` cannot be sent to worker processes."""
+def check_apply_travels(work: Work, *, in_process: bool) -> None:
+    """Raise InputError where `apply` cannot be sent to workers, by its name to those of this process at least."""
     import cloudpickle
 
+    if in_process:
+        with contextlib.suppress(Exception):
+            pickle.dumps(work.apply)
+            return
     try:
         cloudpickle.dumps(work.apply)
     except Exception as error:  # what is pickled raises what it likes
+        where, way_out = ("worker processes", "set processes: false")
+        if in_process:
+            where, way_out = ("workers", "run without a client")
         raise InputError(
-            f"apply is sent to worker processes; it cannot be pickled: {_words(error)}; make what it needs inside of "
-            "it, or run without a client"
+            f"apply is sent to {where}; it cannot be pickled: {_words(error)}; make what it needs inside of it, or "
+            f"{way_out}"
         ) from error
 
 

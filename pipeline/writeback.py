@@ -269,9 +269,10 @@ class Storing:
     def run(self, watch: Watch) -> zarr.Group:
         """Read and write the windows, telling `watch` of every task that is done."""
         plan, footprint, given = self.plan, self.footprint(), {"resume": self.resume, "overwrite": self.overwrite}
-        if active_client() is not None or not shares_memory(None):
+        in_process = shares_memory(active_client())
+        if active_client() is not None or not in_process:
             for member in self.members:
-                check_apply_travels(member.work)
+                check_apply_travels(member.work, in_process=in_process)
         request = self.request()
         if not (self.resume and self.output.is_finished(request)):
             cut = self.members[0].plan.task_windows

@@ -444,6 +444,19 @@ class TestEnds:
             timer.join()
             released.set()
 
+    def test_a_function_that_cannot_be_sent(self, plan):
+        lock = threading.Lock()
+
+        def guarded(block):
+            with lock:
+                return block[:, 0, 0, 0]
+
+        assert len(next(pipeline.iter_batches(plan, 5, apply=guarded, prefetch=0))) == 5
+        with pipeline.connect(dashboard_address=None):
+            for take in (pipeline.gather, lambda plan, apply: next(pipeline.iter_batches(plan, 5, apply=apply))):
+                with pytest.raises(InputError, match="cannot be pickled: .*lock.*; make .*, or run without a client"):
+                    take(plan, apply=guarded)
+
     def test_a_client_that_was_closed(self, plan):
         with pipeline.connect(dashboard_address=None):
             batches = pipeline.iter_batches(plan, 5, prefetch=1)
@@ -482,8 +495,11 @@ class TestEnds:
             got.extend(iter(batches))
         assert len(got) <= 8
         assert ours() == []
-        with pytest.raises(StopIteration):
+        # Who takes batches by hand must not take this for the end.
+        with pytest.raises(IntegrityError, match="the bad window"):
             next(batches)
+        assert len(next(iter(batches))) == 5
+        batches.close()
 
     def test_a_chunk_that_is_broken(self, tmp_path, starts):
         LAYOUTS["zstd"][1](tmp_path / "zstd.zarr", distinct())

@@ -228,7 +228,7 @@ def test_chunks_are_decoded_alone_where_they_can_be(matrices):
         if kind == "decoded":
             reader = readers.choose_reader(pipeline.open_matrix(matrices / f"{name}.zarr"), row=3)
             readers_of[name] = type(reader).__name__
-    through_array = {"columns", "columns-shards", "v2-fortran", "zarr-shard-zstd-index"}
+    through_array = {"columns", "columns-shards", "wide-shards", "v2-fortran", "zarr-shard-zstd-index"}
     assert {name for name, kind in readers_of.items() if kind == "ArrayReader"} == through_array
 
 
