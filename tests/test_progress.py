@@ -78,8 +78,9 @@ def test_memory_is_what_is_held_now(fast):
     with progress.ShownWatch("windows", quiet=False) as watch:
         watch.begin(8, 800, 800)
         before = said()
-        held.append(np.ones(200 * 2**17))
-        assert 190 <= said() - before <= 230
+        held.append(np.ones(600 * 2**17))
+        # Services that other tests have started are children, too, and may grow.
+        assert 580 <= said() - before <= 760
 
 
 def test_bar_tells_of_memory(fast):
