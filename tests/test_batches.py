@@ -362,8 +362,8 @@ class TestReadingAhead:
         with pipeline.iter_batches(plan, 2, apply=counted) as batches:
             probed = counted.windows
             next(batches)
-            # One batch alone, and two groups of two, where groups hold four windows.
-            assert settle(lambda: counted.windows) - probed <= 2 + 2 * 4
+            # One batch alone, and four groups of two, where groups hold four windows.
+            assert settle(lambda: counted.windows) - probed <= 2 + 4 * 4
 
     def test_what_does_not_fit_is_refused(self, folder, starts):
         matrix = open_layout(folder, "npy")
