@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import batches as module
 from pipeline import placing, workers
+from pipeline import readahead as module
+from pipeline.epochs import Epochs
 from pipeline.errors import BudgetError, IncompleteError, InputError, IntegrityError
 from tests.layouts import LAYOUTS, distinct, open_layout, stack
 
@@ -132,7 +133,7 @@ def test_ranks_share_each_epoch(plan, count, size, world_size, drop_last, **how)
     seen = []
     for rank in range(world_size):
         share = epochs(count, size, how["seed"], rank, world_size, drop_last=drop_last)
-        reading = module._Reading({}, share, how["shuffle"], None, named=False)
+        reading = module.Reading({}, share, how["shuffle"], None, named=False)
         order = reading.order(how["epoch"]).tolist()
         places = [order[begin : begin + size] for begin in range(0, len(order), size)]
         assert places == places_of(count, size, drop_last=drop_last, rank=rank, world_size=world_size, **how)
@@ -150,7 +151,7 @@ def test_ranks_share_each_epoch(plan, count, size, world_size, drop_last, **how)
 
 
 def epochs(count, size, seed, rank, world_size, *, drop_last):
-    return module.Epochs(count=count, batch_size=size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size)
+    return Epochs(count=count, batch_size=size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size)
 
 
 @given(data=st.data(), **SETTINGS)
