@@ -276,6 +276,7 @@ class Gathering:
         destination = file_array(array, survey, step=stage.cut)
         cut = list(plan.tasks("chunk", windows=stage.cut))
         stage.redo([n for n, files in stage.done.items() if (record_entries(array, cut[n].places),) != files])
+        stage.expect(len(cut))
         watch.begin(len(cut), len(plan), plan.nbytes)
         for task in cut:
             if task.number in stage.done:
@@ -298,7 +299,7 @@ class Gathering:
         finally:
             _flush(stage, array, flushed, places, watch)
         destination.close()
-        stage.check_complete(len(cut))
+        stage.check_complete()
 
 
 def _flush(

@@ -180,6 +180,7 @@ class Creation:
             attributes=told.attributes,
         )
         cuts = [(number, first, min(first + rows, shape[0])) for number, first in enumerate(range(0, shape[0], rows))]
+        stage.expect(len(cuts))
         watch.begin(len(cuts), shape[0], self.nbytes_written)
         for number, first, stop in cuts:
             if number in stage.done:
@@ -192,7 +193,7 @@ class Creation:
             for receipt in run_tasks(tasks, at_once=survey.bound(at_once), span=span, retried=watch.task_retried):
                 stage.finish((receipt.number, receipt.files))
                 watch.task_done(receipt)
-        stage.check_complete(len(cuts))
+        stage.check_complete()
 
     @property
     def least_nbytes(self) -> int:

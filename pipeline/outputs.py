@@ -77,8 +77,11 @@ class Stage(Protocol):
     def finish(self, *tasks: tuple[int, tuple[FileRecord, ...]]) -> None:
         """Note tasks as finished: what they wrote will outlive a crash, and was read back."""
 
-    def check_complete(self, tasks: int) -> None:
-        """Raise IntegrityError unless each of so many tasks is finished."""
+    def expect(self, tasks: int) -> None:
+        """Learn how many tasks there are, for `check_complete`, and for what is said where the run fails."""
+
+    def check_complete(self) -> None:
+        """Raise IntegrityError unless each expected task is finished."""
 
     def seal(self, files: Iterable[FileRecord], ours: dict[str, Any]) -> None:
         """Check that what was written is there, and nothing else, and record it; see `record.seal_folder`."""
@@ -209,9 +212,13 @@ class FolderStage:
         """See `Stage.finish`."""
         self.staged.finish(*tasks)
 
-    def check_complete(self, tasks: int) -> None:
+    def expect(self, tasks: int) -> None:
+        """See `Stage.expect`."""
+        self.staged.expect(tasks)
+
+    def check_complete(self) -> None:
         """See `Stage.check_complete`; what workers left that ended is removed."""
-        self.staged.check_complete(tasks)
+        self.staged.check_complete()
 
     def seal(self, files: Iterable[FileRecord], ours: dict[str, Any]) -> None:
         """See `Stage.seal`."""

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pipeline.capacity import active_client, count_threads, measure_workers
 from pipeline.memory import held_nbytes
-from pipeline.report import STAGES, Watch
+from pipeline.report import Watch
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class ShownWatch(Watch):
         self._thread: threading.Thread | None = None
         self._client: Any = None
         self._at_once = 1
-        self._longest = 0.0
         self._last: tuple[float, float]
         """When a task finished last, or the run began: by the clock that never goes back, and by the wall's."""
 
@@ -68,7 +67,6 @@ class ShownWatch(Watch):
     def task_done(self, receipt: Receipt) -> None:
         """Count one finished task, and move the bar."""
         super().task_done(receipt)
-        self._longest = max(self._longest, sum(getattr(receipt, f"{stage}_seconds") for stage in STAGES))
         self._last = time.perf_counter(), time.time()
         if self._bar is not None:
             self._bar.update(receipt.units)
@@ -102,7 +100,7 @@ class ShownWatch(Watch):
             last = self._last
             silent = time.perf_counter() - last[0]
             left = self.tasks - self.kept_tasks - self.done_tasks
-            if left and told != last and silent > max(_STALL_SECONDS, _STALL_TASKS * self._longest):
+            if left and told != last and silent > max(_STALL_SECONDS, _STALL_TASKS * self.longest_seconds):
                 told = last
                 since = time.strftime("%H:%M:%S", time.localtime(last[1]))
                 self._write(
@@ -129,6 +127,7 @@ class ShownWatch(Watch):
         return f"{own} here, {format_size(nbytes)} in {count_of(workers, 'worker')}" if workers else own
 
     def _write(self, line: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {line}"
         if self._bar is None:
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()

@@ -58,7 +58,7 @@ from pipeline.notice import read_notice, say_notice
 from pipeline.record import ATTRIBUTE, METADATA, FileRecord, parse_record, seal_document
 from pipeline.shards import create_array
 from pipeline.sizes import count_of, format_size
-from pipeline.staging import check_apart
+from pipeline.staging import check_apart, say_kept
 from pipeline.uploads import MOST_NBYTES, ObjectWriter, Upload, uploading_nbytes
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ class ObjectStage:
 
         self.upload, self.cut, self.done = upload, claim.cut, done
         self.staged, self.beside = upload.root.startswith(upload.ledger.prefix), claim.beside
+        self.tasks = 0
+        """See `outputs.Stage.expect`; 0 before."""
         self.written = _written([*_ARRAYS, *claim.arrays])
         """Keys that are ours, at the final place."""
         self.may_linger = False
@@ -137,12 +139,16 @@ class ObjectStage:
         """See `outputs.Stage.finish`; the task itself has noted it on the store."""
         self.done.update(tasks)
 
-    def check_complete(self, tasks: int) -> None:
+    def expect(self, tasks: int) -> None:
+        """See `outputs.Stage.expect`."""
+        self.tasks = tasks
+
+    def check_complete(self) -> None:
         """See `outputs.Stage.check_complete`."""
-        missing = [number for number in range(tasks) if number not in self.done]
+        missing = [number for number in range(self.tasks) if number not in self.done]
         if missing:
             raise IntegrityError(
-                f"an output is complete; {count_of(len(missing), 'task')} of {tasks:,}, the first number {missing[0]}, "
+                f"an output is complete; {len(missing):,} of {count_of(self.tasks, 'task')}, the first {missing[0]}, "
                 f"left no word; go on with --resume"
             )
 
@@ -477,7 +483,7 @@ class BucketOutput:
             self._forget(stage.upload.making)
         if kept:
             flags = "--resume --overwrite" if stage.staged else "--resume"
-            error.add_note(f"{count_of(kept, 'task')} finished and kept; go on with {flags}")
+            error.add_note(say_kept(kept, stage.tasks, flags))
 
     def _sweep_remains(self) -> None:
         """Delete what the run that made the finished output has left below the ledger; another's is its own."""

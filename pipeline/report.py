@@ -60,7 +60,16 @@ class Watch:
     """Values that `apply` gave and that are NaN or infinite."""
     retries: int = 0
     """Times that a task was run again, after a failure that may pass."""
+    longest_seconds: float = 0.0
+    """Of the task that took longest."""
     started: float = field(default_factory=time.perf_counter)
+    last: float | None = None
+    """When a task of this run was done last."""
+
+    @property
+    def own_share(self) -> float:
+        """Part of all units that this run delivered, and no earlier one; 0 to 1."""
+        return (self.done_units - self.kept_units) / max(1, self.units)
 
     def begin(self, tasks: int, units: int, nbytes: int) -> None:
         """Learn what there is to do, before the first task runs."""
@@ -83,6 +92,10 @@ class Watch:
         self.apply_seconds += receipt.apply_seconds
         self.write_seconds += receipt.write_seconds
         self.nonfinite += receipt.nonfinite
+        self.longest_seconds = max(
+            self.longest_seconds, sum(float(getattr(receipt, f"{stage}_seconds")) for stage in STAGES)
+        )
+        self.last = time.perf_counter()
 
     def task_retried(self, words: str) -> None:
         """Count a task that is run again; `words` say why."""
@@ -124,7 +137,7 @@ class Run(Watch):
     @property
     def own_nbytes(self) -> float:
         """Bytes of the windows or rows that this run delivered, and no earlier one."""
-        return self.nbytes * (self.done_units - self.kept_units) / max(1, self.units)
+        return self.nbytes * self.own_share
 
     def task_done(self, receipt: Receipt) -> None:
         """Count one finished task, and note when it was."""
@@ -164,7 +177,7 @@ class Run(Watch):
             "nbytes_delivered": round(own),
             "nbytes_read": self.nbytes_read,
             "amplification": self.nbytes_read / own if own else None,
-            "bytes_per_second": own / self.seconds,
+            "bytes_per_second": own / self.seconds if own else None,
             "tasks": self.done_tasks,
             "tasks_kept": self.kept_tasks,
             "retries": self.retries,
@@ -388,7 +401,9 @@ def name_limit(
     Returns
     -------
     tuple of str
-        "storage", "decode", "apply", "write", "Dask" or "unknown"; and a line of advice, empty where there is none.
+        The stage of the tasks that took most of the time: "storage", "decode", "apply" or "write"; "tasks": too few of
+        them, or one that is much longer than the others; "checks": what comes before the first task and after the last
+        one; "Dask": tasks came too slowly; or "unknown". And a line of advice, empty where there is none.
     """
     stages = {
         "storage": watch.read_seconds,
@@ -399,10 +414,11 @@ def name_limit(
     busy = sum(stages.values())
     if seconds < _LEAST_SECONDS or not busy:
         return "unknown", ""
-    if busy < _IDLE * threads * seconds:
-        return "Dask", "the threads waited for tasks: ask for more windows at once"
     limit = max(stages, key=lambda stage: stages[stage])
-    if stages[limit] < _IDLE * busy:
+    leads = stages[limit] >= _IDLE * busy
+    if busy < _IDLE * threads * seconds:
+        return _name_idleness(watch, limit if leads else "", busy, threads=threads, seconds=seconds)
+    if not leads:
         return "unknown", ""
     if limit in ("storage", "decode") and repetition > _WASTE:
         return limit, "--order chunk reads each chunk once, and keeps the windows' places beside them"
@@ -415,3 +431,28 @@ def name_limit(
         "write": "a faster disk for the output; an array in memory needs none",
     }
     return limit, advice[limit]
+
+
+def _name_idleness(watch: Watch, stage: str, busy: float, *, threads: int, seconds: float) -> tuple[str, str]:
+    """Tell why threads had nothing to do for most of a run, as `name_limit` does.
+
+    Parameters
+    ----------
+    stage
+        The one that took most of the tasks' time; empty where there is none.
+    busy
+        Seconds of all tasks.
+    """
+    working = seconds if watch.last is None else watch.last - watch.started
+    if working < _IDLE * seconds:
+        beside = f"{seconds - working:.1f} of {seconds:.1f} s"
+        return "checks", f"{beside} passed before the first task and after the last one, when files are looked at"
+    few = busy >= _IDLE * min(threads, watch.done_tasks) * seconds
+    if not few and watch.longest_seconds < _IDLE * seconds:
+        return "Dask", "the threads waited for tasks: ask for more windows at once"
+    advice = (
+        f"{count_of(watch.done_tasks, 'task')} for {count_of(threads, 'thread')}, the longest "
+        f"{watch.longest_seconds:.1f} s: more windows make more tasks"
+    )
+    # A device that is slow with few requests may be as slow with many; cores that are idle are there to be used.
+    return (stage if stage in ("storage", "write") else "tasks"), advice

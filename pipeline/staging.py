@@ -59,6 +59,8 @@ class Stage:
             earlier.rename(self.output)
         self.cut = journal.cut
         """Units of a task; those of the earlier run, where there was one."""
+        self.tasks = 0
+        """See `outputs.Stage.expect`; 0 before."""
 
     @property
     def done(self) -> dict[int, tuple[FileRecord, ...]]:
@@ -92,15 +94,19 @@ class Stage:
         if wrong:
             self._journal.rewrite()
 
-    def check_complete(self, tasks: int) -> None:
-        """Raise IntegrityError unless each of so many tasks is finished; remove what workers left that ended."""
+    def expect(self, tasks: int) -> None:
+        """Learn how many tasks there are."""
+        self.tasks = tasks
+
+    def check_complete(self) -> None:
+        """Raise IntegrityError unless each expected task is finished; remove what workers left that ended."""
         for key, _ in list(list_files(self.output)):
             if _LEFT.fullmatch(key):
                 (self.output / key).unlink()
-        missing = [number for number in range(tasks) if number not in self.done]
+        missing = [number for number in range(self.tasks) if number not in self.done]
         if missing:
             raise IntegrityError(
-                f"an output is complete; {count_of(len(missing), 'task')} of {tasks:,}, the first number {missing[0]}, "
+                f"an output is complete; {len(missing):,} of {count_of(self.tasks, 'task')}, the first {missing[0]}, "
                 f"left no line in its journal; go on with --resume"
             )
 
@@ -137,7 +143,7 @@ def stage_output(
         partial.mkdir(exist_ok=resume or overwrite)
     with _locked(partial):
         earlier = Journal.read(partial / "journal")
-        kept, begun, complete = 0 if earlier is None else len(earlier.done), False, False
+        kept, tasks, begun, complete = 0 if earlier is None else len(earlier.done), 0, False, False
         try:
             _restore_replaced(partial, path)
             stage = Stage(partial, _begin_journal(partial, earlier, request, cut, resume=resume, overwrite=overwrite))
@@ -147,7 +153,7 @@ def stage_output(
             try:
                 yield stage
             finally:
-                kept = len(stage.done)
+                kept, tasks = len(stage.done), stage.tasks
             _sync_tree(stage.output)
             _put_in_place(stage.output, path, overwrite=overwrite)
             complete = True
@@ -162,8 +168,24 @@ def stage_output(
                 _discard(partial)
             elif begun or not isinstance(error, OutputExistsError):
                 flags = "--resume --overwrite" if _is_taken(path) else "--resume"
-                error.add_note(f"{count_of(kept, 'task')} finished and kept; go on with {flags}")
+                error.add_note(say_kept(kept, tasks, flags))
             raise
+
+
+def say_kept(kept: int, tasks: int, flags: str) -> str:
+    """Say what a run that failed leaves for the next.
+
+    Parameters
+    ----------
+    tasks
+        All that there are; 0 where that is not known, since the run failed before it cut them.
+
+    Examples
+    --------
+    >>> say_kept(1, 7, "--resume"), say_kept(2, 0, "--resume")
+    ('1 of 7 tasks finished and kept; go on with --resume', '2 tasks finished and kept; go on with --resume')
+    """
+    return f"{f'{kept:,} of ' if tasks else ''}{count_of(tasks or kept, 'task')} finished and kept; go on with {flags}"
 
 
 def is_result(path: Path, request: Request) -> bool:

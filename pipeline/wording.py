@@ -72,7 +72,7 @@ def report_creation(matrix: Matrix, watch: Watch, measures: Measures) -> Report:
         "nbytes_read": watch.nbytes_read,
         **_tasks(watch),
         **_seconds(watch, measures),
-        **_resources(matrix.nbytes, measures),
+        **_resources(matrix.nbytes * watch.own_share, measures),
     }
     return matrix.facts() | _resumed(watch) | _run_facts(numbers), numbers
 
@@ -211,13 +211,14 @@ def report_run(
     layouts = [each.layout for each in _matrices(matrix)]
     all_checked = all(each.checked for each in layouts)
     checked = all_checked and not earlier
-    amplification = watch.nbytes_read / planned.nbytes
+    own = planned.nbytes * watch.own_share
+    amplification = watch.nbytes_read / own if own else None
     shares = share_seconds(watch)
     limit, advice = name_limit(
         watch,
         threads=threads,
         seconds=measures.work_seconds,
-        amplification=amplification,
+        amplification=amplification or 1.0,
         repetition=sink.cost.nbytes_read / planned.chunk.nbytes_read,
     )
     numbers = {
@@ -236,13 +237,15 @@ def report_run(
         **_seconds(watch, measures),
         "shares": shares,
         "limit": limit,
-        **_resources(planned.nbytes, measures),
+        **_resources(own, measures),
     }
     facts = {
         "windows": f"{len(planned):,} of {planned.length:,} rows out of {matrix.path}",
         "result": f"{_say_results(sink)}, {format_size(sink.nbytes)}",
         "kept": str(sink.out) if sink.out is not None else "nothing; name a file with --out to keep the windows",
-        "read": f"{format_size(watch.nbytes_read)}, amplification {amplification:.2f}",
+        "read": "nothing"
+        if amplification is None
+        else f"{format_size(watch.nbytes_read)}, amplification {amplification:.2f}",
         "reads": "checked, but for what was finished before" if earlier else "checked",
     }
     if not all_checked:
@@ -340,9 +343,10 @@ def _seconds(watch: Watch, measures: Measures) -> dict[str, float]:
     }
 
 
-def _resources(nbytes: int, measures: Measures) -> dict[str, Any]:
+def _resources(nbytes: float, measures: Measures) -> dict[str, Any]:
+    """What was used; `nbytes` of this run alone."""
     return {
-        "bytes_per_second": nbytes / measures.work_seconds,
+        "bytes_per_second": nbytes / measures.work_seconds if nbytes else None,
         "peak_memory": measures.peak_nbytes,
         "dashboard": measures.dashboard,
     }
@@ -362,10 +366,11 @@ def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
     clock = ", ".join(f"{word} {numbers[f'{key}_seconds']:.2f}" for word, key in stages.items())
     tasks = ", ".join(f"{stage} {numbers[f'{stage}_seconds']:.2f}" for stage in STAGES)
     again = f", {numbers['retries']:,} run again" if numbers["retries"] else ""
+    rate = numbers["bytes_per_second"]
     return {
         "seconds": f"{numbers['seconds']:.2f}: {clock}",
         "in tasks": f"{count_of(numbers['tasks'], 'task')}{again}, summed seconds: {tasks}",
-        "rate": f"{numbers['bytes_per_second'] / 1e6:,.0f} MB/s",
+        **({"rate": f"{rate / 1e6:,.0f} MB/s"} if rate else {}),
         "peak memory": format_size(numbers["peak_memory"]),
         "dashboard": f"{numbers['dashboard'] or 'none'} while it ran",
     }

@@ -291,6 +291,7 @@ class Storing:
         """Run the tasks that are not finished yet, and return what was written beside them."""
         writers, beside = _create_group(stage, self.plan, self.members, self.order)
         count = sum(each.plan.count_tasks(each.plan.task_windows) for each in self.members)
+        stage.expect(count)
         watch.begin(count, len(self.plan) * len(self.members), self.plan.nbytes)
         for _, task, _ in self._tasks():
             if task.number in stage.done:
@@ -311,7 +312,7 @@ class Storing:
             for receipt in run_tasks(tasks, at_once=survey.bound(at_once), span=span, retried=watch.task_retried):
                 stage.finish((receipt.number, receipt.files))
                 watch.task_done(receipt)
-        stage.check_complete(count)
+        stage.check_complete()
         return beside
 
     def _tasks(self) -> Iterator[tuple[int, Task, int]]:

@@ -550,7 +550,7 @@ class TestScheduler:
             prepare_storing(plan, path, resume=False, **given).run(Sender())
         assert time.monotonic() - begin < 60
         assert caught.value.exit_code == 6
-        kept = int(re.search(r"(\d) tasks finished and kept; go on with --resume", caught.value.__notes__[0])[1])
+        kept = int(re.search(r"(\d) of 7 tasks finished and kept; go on with --resume", caught.value.__notes__[0])[1])
         assert 2 <= kept < 7
         assert not path.exists()
         watch = Watch()
@@ -751,19 +751,19 @@ class TestSignals:
 
     def test_workers_end_and_the_line_says_what_is_kept(self, interrupt, tmp_path):
         said = interrupt(signal.SIGTERM, ["MARKER"], seconds=10)
-        assert said == (143, "error: terminated; 3 tasks finished and kept; go on with --resume")
+        assert said == (143, "error: terminated; 3 of 7 tasks finished and kept; go on with --resume")
         assert (tmp_path / "w.zarr.partial").exists()
 
     def test_the_second_ends_at_once(self, interrupt):
         said = interrupt(signal.SIGINT, ["MARKER", "UNWINDING"], change=NEVER_END, seconds=2)
-        assert said == (130, "error: interrupted; 3 tasks finished and kept; go on with --resume")
+        assert said == (130, "error: interrupted; 3 of 7 tasks finished and kept; go on with --resume")
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
     def test_one_is_enough_however_long_unwinding_takes(self, interrupt, number):
         threads = "version: 1\nkwargs: {dashboard_address: null}\n"
         code, line = interrupt(number, ["MARKER"], change=f"{NEVER_END}\n{SOON}", cluster=threads)
         assert code == 128 + number
-        assert "3 tasks finished and kept" in line
+        assert "3 of 7 tasks finished and kept" in line
 
     def test_while_the_cluster_starts(self, interrupt, tmp_path):
         code, line = interrupt(signal.SIGINT, ["MARKER"], cluster=CLUSTER.replace("{", "{preload: [preload.py], "))

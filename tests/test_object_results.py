@@ -262,7 +262,7 @@ def test_goes_on_after_every_task(sink: Any, expected: NDArray[Any], after: int,
     first = StoppingWatch(after=after)
     with pytest.raises(StopError) as stopped:
         sink(local, base, first)
-    assert stopped.value.__notes__ == [f"{after} task{'s' * (after > 1)} finished and kept; go on with --resume"]
+    assert stopped.value.__notes__ == [f"{after} of {TASKS} tasks finished and kept; go on with --resume"]
     assert read(base) is None
     for given in ({}, OTHER[sink]):
         with pytest.raises(pipeline.OutputExistsError, match="interrupted run's remains, .*process .*--resume"):
@@ -574,7 +574,7 @@ def test_an_old_output_stays_until_the_new_one_is_whole(local: Path, base: str) 
     old = objects(base)
     with pytest.raises(StopError) as stopped:
         store(local, base, StoppingWatch(after=2), overwrite=True)
-    assert stopped.value.__notes__ == ["2 tasks finished and kept; go on with --resume --overwrite"]
+    assert stopped.value.__notes__ == [f"2 of {TASKS} tasks finished and kept; go on with --resume --overwrite"]
     assert {key: content for key, content in objects(base).items() if key in old} == old
     with pytest.raises(pipeline.OutputExistsError, match="of another request; .* --resume --overwrite to go on"):
         store(local, base, Watch(), resume=True)
@@ -1064,7 +1064,7 @@ class TestS3:
         bucket.proxy.trouble("error", method="PUT", key="windows/c/2", times=10**6)
         with pytest.raises(pipeline.OpenError, match=f"a store can be written to; {bucket.url}") as failed:
             store(local, bucket.url, Watch())
-        assert failed.value.__notes__[-1] == "2 tasks finished and kept; go on with --resume"
+        assert failed.value.__notes__[-1] == f"2 of {TASKS} tasks finished and kept; go on with --resume"
         bucket.proxy.reset()
         np.testing.assert_array_equal(store(local, bucket.url, again := StoppingWatch(), resume=True), EXPECTED)
         assert again.kept_tasks == 2

@@ -59,7 +59,8 @@ def test_pace_is_that_of_this_run(fast):
     line = stream.getvalue().splitlines()[-1]
     # 1 MB in ten seconds; three times as much is left.
     assert re.fullmatch(
-        r"500 of 800 windows \(62%\), 5 of 8 tasks, 9\d\.\d KiB/s, 30 s left, [\d.]+ [MG]iB of memory", line
+        r"\d\d:\d\d:\d\d 500 of 800 windows \(62%\), 5 of 8 tasks, 9\d\.\d KiB/s, 30 s left, [\d.]+ [MG]iB of memory",
+        line,
     )
 
 

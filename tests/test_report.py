@@ -19,7 +19,7 @@ from pipeline.tasks import Receipt
         ({"read_seconds": 1.0, "decode_seconds": 2.8}, "decode"),
         ({"read_seconds": 1.0, "apply_seconds": 2.8}, "apply"),
         ({"read_seconds": 0.5, "write_seconds": 3.0}, "write"),
-        ({"read_seconds": 0.4}, "Dask"),
+        ({"read_seconds": 0.4, "done_tasks": 8}, "Dask"),
         ({"read_seconds": 1.5, "decode_seconds": 1.2, "write_seconds": 1.2}, "unknown"),
         ({}, "unknown"),
     ],
@@ -29,6 +29,44 @@ def test_the_limit_is_what_took_most(seconds, limit):
     for name, value in seconds.items():
         setattr(watch, name, value)
     assert name_limit(watch, threads=4, seconds=1.0, amplification=1.0, repetition=1.0)[0] == limit
+
+
+def test_reads_that_are_slow_and_too_few_are_not_dasks_fault():
+    """Two tasks for eight threads, which wait for the storage all the while."""
+    watch = Watch()
+    watch.begin(2, 200, 10**6)
+    for number in range(2):
+        watch.task_done(Receipt(number, 100, 10**6, 3.9))
+    watch.started = watch.last - 4
+    limit, advice = name_limit(watch, threads=8, seconds=4.0, amplification=1.0, repetition=1.0)
+    assert limit == "storage"
+    assert advice == "2 tasks for 8 threads, the longest 3.9 s: more windows make more tasks"
+
+
+@pytest.mark.parametrize(
+    ("receipts", "passed", "limit"),
+    [
+        # Cores that have nothing to do, for want of tasks, or since one is longer than the others.
+        ([{"apply_seconds": 3.9}], 0, "tasks"),
+        ([{"decode_seconds": 3.9}, *9 * [{"decode_seconds": 0.1}]], 0, "tasks"),
+        ([{"read_seconds": 1.0, "decode_seconds": 1.4, "write_seconds": 1.4}], 0, "tasks"),
+        ([{"write_seconds": 3.9}], 0, "write"),
+        # Many tasks, each of which is short.
+        (100 * [{"read_seconds": 0.01}], 0, "Dask"),
+        # Before the first and after the last.
+        (100 * [{"read_seconds": 0.05}], 3.0, "checks"),
+    ],
+)
+def test_threads_that_wait_know_for_what(receipts, passed, limit):
+    watch = Watch()
+    watch.begin(len(receipts), len(receipts), 10**6)
+    for number, seconds in enumerate(receipts):
+        watch.task_done(Receipt(number, 1, 10**4, **{"read_seconds": 0.0} | seconds))
+    watch.started = watch.last - 4 + passed
+    named, advice = name_limit(watch, threads=8, seconds=4.0, amplification=1.0, repetition=1.0)
+    assert named == limit
+    assert advice
+    assert "\n" not in advice
 
 
 def test_a_short_run_says_nothing():
@@ -136,6 +174,7 @@ def test_a_run_with_nothing_left(plan, tmp_path):
     with pipeline.Report() as report:
         pipeline.store(plan, tmp_path / "W.zarr", resume=True)
     assert report.facts()["store"].startswith("nothing was left")
+    assert report.numbers()["runs"][0]["bytes_per_second"] is None
     assert report.numbers()["nbytes_delivered"] == 0
 
 

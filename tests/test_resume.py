@@ -431,7 +431,7 @@ def test_the_note_says_how_to_go_on(folder: Path) -> None:
     store(folder, Watch(), apply=np.negative)
     with pytest.raises(StopError) as stopped:
         store(folder, StoppingWatch(after=2), overwrite=True)
-    assert stopped.value.__notes__ == ["2 tasks finished and kept; go on with --resume --overwrite"]
+    assert stopped.value.__notes__ == [f"2 of {TASKS} tasks finished and kept; go on with --resume --overwrite"]
     with pytest.raises(pipeline.OutputExistsError, match="--resume --overwrite to go on"):
         store(folder, Watch(), resume=True)
     # The finished one of another request has no say over them.
@@ -669,4 +669,14 @@ def test_the_command_line_says_what_was_kept(
         assert done.value.code == 0
         said = json.loads(capsys.readouterr().out)
         assert (said["tasks_kept"], said["finished_before"]) == (kept, finished)
+        # What an earlier run did is no rate of this one.
+        own = EXPECTED.nbytes * (TASKS - kept) / TASKS
+        assert said["bytes_per_second"] == (None if finished else pytest.approx(own / said["work_seconds"], rel=0.3))
+        assert said["amplification"] == (None if finished else pytest.approx(1, rel=0.3))
+    monkeypatch.setattr(sys, "argv", ["pipeline", *(word for word in command if word != "--json")])
+    with pytest.raises(SystemExit):
+        main()
+    words = capsys.readouterr().out
+    assert "nothing was left to do" in words
+    assert "rate" not in words
     np.testing.assert_array_equal(zarr.open_group(folder / "out.zarr", mode="r")["windows"][:], EXPECTED)
