@@ -17,7 +17,7 @@ from distributed.comm import connect as connect_to
 
 from pipeline.choice import Choice, Deployment, choose_cluster, plan_deployment
 from pipeline.clusterfile import merged_settings, one_line
-from pipeline.dashboard import dashboard_link, say_dashboard
+from pipeline.dashboard import dashboard_link, right_links, say_dashboard
 from pipeline.deployments import load_class
 from pipeline.errors import InputError, OpenError, PipelineError
 from pipeline.jobs import count_processes, start_jobs
@@ -105,6 +105,7 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Iterator[dis
             check_address(address, insecure=choice.insecure)
             client = _reach(address)
         stack.callback(_close, client)
+        stack.enter_context(right_links(client))
         for line in say_dashboard(client):
             sys.stderr.write(f"{line}\n")
         try:

@@ -6,6 +6,7 @@ import importlib
 import ipaddress
 import os
 import socket
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -17,6 +18,8 @@ from distributed.utils import format_dashboard_link
 from tornado.httputil import HTTPServerConnectionDelegate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tornado.httputil import HTTPConnection, HTTPMessageDelegate
 
 _LOOPBACK = "127.0.0.1"
@@ -86,6 +89,53 @@ class Address(NamedTuple):
     link: str
     tunnel: str | None
     """The `ssh` command that brings its port to the machine of whoever reads this, where that is needed."""
+
+
+class _Links(str):  # noqa: SLOT000 (there is one)
+    """Dask's setting of links, for a cluster of which it is known where its dashboards listen.
+
+    Dask guesses that from the nodes' addresses, for its clients, its clusters and what a notebook shows of both; nothing
+    listens there where a dashboard is on loopback alone.
+    """
+
+    hosts: frozenset[str]
+    """What Dask takes for the host of a dashboard."""
+    port: int | None
+    """Of the scheduler's dashboard."""
+    link: str
+    """Of it; empty where it has none."""
+    setting: str
+    """What was set before: another such, or a template."""
+    is_local: bool
+    """Whether all nodes are on this machine, and their dashboards on its loopback."""
+
+    def format(self, *args: object, **variables: object) -> str:
+        """Return the link of a host and a port, as Dask asks for it."""
+        if variables.get("host") in self.hosts:
+            if variables.get("port") == self.port:
+                return self.link
+            if self.is_local:
+                variables["host"] = _LOOPBACK
+        return self.setting.format(*args, **variables)
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        # Workers get Dask's settings, and know nothing of this.
+        return str, (str(self),)
+
+
+@contextmanager
+def right_links(client: distributed.Client) -> Iterator[None]:
+    """Let a client and its cluster, and what they show of themselves in a notebook, link to where dashboards listen."""
+    setting, address = dask.config.get(_LINK), client.scheduler.address
+    links = _Links(setting)
+    links.setting = setting
+    guess = address.partition("://")[2].partition("/")[0].partition(":")[0]
+    links.hosts = frozenset({guess, get_address_host(address), *(["localhost"] if "inproc" in address else [])})
+    links.port = client.scheduler_info(n_workers=0)["services"].get("dashboard")
+    links.link = dashboard_link(client) or ""
+    links.is_local = isinstance(client.cluster, distributed.LocalCluster)
+    with dask.config.set({_LINK: links}):
+        yield
 
 
 def dashboard_link(client: distributed.Client) -> str | None:

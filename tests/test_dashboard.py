@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+import re
 import socket
 import time
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import dask
 import distributed
@@ -140,6 +143,75 @@ class TestAddress:
             "http://[::1]:8787/status",
             "ssh -L 8787:[::1]:8787 login",
         )
+
+
+def hrefs(shown):
+    """Links of what is shown in a notebook."""
+    return {each for each in re.findall(r'href="([^"]*)"', shown._repr_html_()) if each}
+
+
+class TestLinksOfDask:
+    """Client and cluster, and what a notebook shows of them, link to where something listens."""
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {},
+            {"n_workers": 2, "processes": True, "threads_per_worker": 1},
+            {"dashboard_address": "0.0.0.0:0", "insecure": True},
+            {"n_workers": 0, "adapt": True},
+        ],
+        ids=["threads", "processes", "everywhere", "scaled later"],
+    )
+    def test_they_answer(self, kwargs, tmp_path):
+        if kwargs.pop("adapt", None):
+            kwargs["cluster"] = tmp_path / "adapt.yaml"
+            kwargs["cluster"].write_text("version: 1\nkwargs: {n_workers: 0}\nscale: {workers: 2}\n")
+            del kwargs["n_workers"]
+        with connect(**kwargs) as client:
+            link = dashboard_link(client)
+            assert (client.dashboard_link, client.cluster.dashboard_link) == (link, link)
+            workers = len(client.scheduler_info(n_workers=-1)["workers"])
+            for shown in (client, client.cluster):
+                found = hrefs(shown)
+                assert link in found
+                assert len(found) == 1 + workers
+                for each in found:
+                    with urlopen(each) as response:
+                        assert b"Dask" in response.read()
+        assert type(dask.config.get("distributed.dashboard.link")) is str
+
+    def test_without_a_dashboard_there_is_none(self):
+        with connect(dashboard_address=None) as client:
+            port = client.cluster.scheduler.http_server.port
+            assert (dashboard_link(client), client.dashboard_link, client.cluster.dashboard_link) == (None, "", "")
+            assert f":{port}/" not in client._repr_html_() + client.cluster._repr_html_()
+
+    def test_a_scheduler_that_runs_already(self, elsewhere):
+        """Its address is not that of its dashboard; other clients are shown as before."""
+        foreign, port = elsewhere
+        wrong, right = (f"http://127.0.0.{number}:{port}/status" for number in (2, 1))
+        with connect(scheduler_address=foreign.scheduler.address) as client:
+            assert (client.dashboard_link, dashboard_link(client)) == (right, right)
+            assert right in hrefs(client)
+            with urlopen(client.dashboard_link) as response:
+                assert response.status == 200
+            with connect() as inner:
+                assert client.dashboard_link == right
+                assert inner.dashboard_link == dashboard_link(inner)
+                assert str(port) not in inner.dashboard_link
+        assert foreign.dashboard_link == wrong
+
+    def test_the_users_own_link(self, monkeypatch):
+        monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/ann/")
+        with dask.config.set({"distributed.dashboard.link": JUPYTER}), connect() as client:
+            port = client.cluster.scheduler.http_server.port
+            assert client.dashboard_link == client.cluster.dashboard_link == f"/user/ann/proxy/{port}/status"
+
+    def test_settings_that_travel_are_plain(self):
+        with connect():
+            setting = dask.config.get("distributed.dashboard.link")
+            assert type(pickle.loads(pickle.dumps(setting))) is str
 
 
 class TestRows:
