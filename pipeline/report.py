@@ -447,7 +447,7 @@ def _name_idleness(watch: Watch, stage: str, busy: float, *, threads: int, secon
     if working < _IDLE * seconds:
         beside = f"{seconds - working:.1f} of {seconds:.1f} s"
         return "checks", f"{beside} passed before the first task and after the last one, when files are looked at"
-    few = busy >= _IDLE * min(threads, watch.done_tasks) * seconds
+    few = busy >= _IDLE * min(threads, max(1, watch.done_tasks)) * seconds
     if not few and watch.longest_seconds < _IDLE * seconds:
         return "Dask", "the threads waited for tasks: ask for more windows at once"
     advice = (

@@ -248,7 +248,7 @@ def test_run_to_npy(cli, matrix, values, tmp_path):
         "tasks",
     }
     assert set(numbers) == {*expected, *counts, *RUN_NUMBERS, "limit", "shares"}
-    assert numbers["limit"] in {"storage", "decode", "apply", "write", "Dask", "unknown"}
+    assert numbers["limit"] in {"storage", "decode", "apply", "write", "tasks", "checks", "Dask", "unknown"}
     assert sum(numbers["shares"].values()) == pytest.approx(1)
     assert numbers["seconds"] >= numbers["plan_seconds"] + numbers["startup_seconds"] + numbers["work_seconds"]
     np.testing.assert_array_equal(np.load(tmp_path / "w.npy"), cut(values, starts))
@@ -417,6 +417,8 @@ def test_plain_line_every_ten_seconds(monkeypatch):
         sys.stderr.written.clear()
         assert sys.stderr.written.wait(10)
     lines = sys.stderr.getvalue().splitlines()
+    assert re.match(r"\d\d:\d\d:\d\d 0 of", lines[0])
+    lines = [line[len("hh:mm:ss ") :] for line in lines]
     assert lines[0].startswith("0 of 1,000 windows (0%), 0 of 4 tasks, 0 B/s, time left not known yet")
     assert any(line.startswith("250 of 1,000 windows (25%), 1 of 4 tasks, ") for line in lines)
     assert re.fullmatch(r".*, \d+ s left, [\d.]+ MiB of memory", lines[-1])

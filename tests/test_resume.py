@@ -670,9 +670,11 @@ def test_the_command_line_says_what_was_kept(
         said = json.loads(capsys.readouterr().out)
         assert (said["tasks_kept"], said["finished_before"]) == (kept, finished)
         # What an earlier run did is no rate of this one.
-        own = EXPECTED.nbytes * (TASKS - kept) / TASKS
-        assert said["bytes_per_second"] == (None if finished else pytest.approx(own / said["work_seconds"], rel=0.3))
-        assert said["amplification"] == (None if finished else pytest.approx(1, rel=0.3))
+        if finished:
+            assert (said["bytes_per_second"], said["amplification"]) == (None, None)
+        else:
+            assert 0 < said["bytes_per_second"] * said["work_seconds"] < 0.9 * said["nbytes_delivered"]
+            assert 0.9 < said["amplification"] < 1.5
     monkeypatch.setattr(sys, "argv", ["pipeline", *(word for word in command if word != "--json")])
     with pytest.raises(SystemExit):
         main()
