@@ -94,8 +94,8 @@ class Address(NamedTuple):
 class _Links(str):  # noqa: SLOT000 (there is one)
     """Dask's setting of links, for a cluster of which it is known where its dashboards listen.
 
-    Dask guesses that from the nodes' addresses, for its clients, its clusters and what a notebook shows of both. Nothing
-    listens there where a dashboard is on loopback alone.
+    Dask guesses that from the nodes' addresses, for its clients, its clusters and what a notebook shows of both.
+    Nothing listens there where a dashboard is on loopback alone.
     """
 
     hosts: frozenset[str]
