@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from pipeline.plan import Plan
 
-_VERSION = 1
+_VERSION = 2
+"""Of states. Those of version 1 shuffled no epoch 0: nobody can go on with them."""
 
 
 class Batches[Batch]:
@@ -95,17 +96,23 @@ class Batches[Batch]:
         Raises
         ------
         InputError
-            If the state is none of `state_dict`, or that of another request: other starts or columns, a matrix of
-            another shape or dtype, another batch size, seed or number of ranks. `apply` is not compared.
+            If the state is none of `state_dict`, of a release that ordered windows otherwise, or that of another
+            request: other starts or columns, a matrix of another shape or dtype, another batch size, seed or number of
+            ranks. `apply` is not compared.
         """
         try:
             version, epoch, batch, facts = (state[key] for key in ("version", "epoch", "batch", "request"))
         except (TypeError, KeyError):
             raise InputError(f"a state is what state_dict gave; got {str(state)[:200]}; load that") from None
-        differing = Request(self._reading.facts()).differences(facts)
-        if version != _VERSION or differing:
-            words = ", ".join(differing) if version == _VERSION else f"version {version!r}"
-            raise InputError(f"a state is of the same request; this one differs in: {words}; begin without it")
+        if version != _VERSION:
+            raise InputError(
+                f"the state has version {str(version)[:40]}, this release reads {_VERSION}, whose order of windows may "
+                "differ; begin without it"
+            )
+        if differing := Request(self._reading.facts()).differences(facts):
+            raise InputError(
+                f"a state is of the same request; this one differs in: {', '.join(differing)}; begin without it"
+            )
         batch = check_whole("batch of a state", batch, least=0)
         if batch > len(self):
             raise InputError(f"a state is of the same request; batch {batch} of {len(self)}; begin without it")
@@ -181,9 +188,8 @@ def iter_batches(
         Function of one block (k, length, *row_shape) -> (k, ...), as `gather` takes it; it runs on the workers. Of a
         `GroupPlan` a mapping of names to such functions.
     shuffle
-        Whether epochs are permuted. Epoch 0 is in request order, whose starts are random as `draw_starts` gives them;
-        epoch e > 0 is a permutation that follows from (seed, e). Begin with `epoch=1` where the starts are in order,
-        as those of a grid.
+        Whether epochs are permuted: each, the first too, by a permutation that follows from (seed, epoch). Otherwise
+        every epoch is in request order.
     seed
         Of the permutations: 0 or more.
     epoch
@@ -230,7 +236,7 @@ def iter_batches(
     ...     for epoch in range(2):
     ...         batches.set_epoch(epoch)
     ...         print([batch[:, 0, 0].tolist() for batch in batches])
-    [[400.0, 14.0], [40.0, 18.0], [22.0]]
+    [[22.0, 400.0], [14.0, 40.0], [18.0]]
     [[14.0, 22.0], [400.0, 18.0], [40.0]]
     """
     check_plan(plan)

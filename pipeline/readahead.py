@@ -121,8 +121,7 @@ class Reading:
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Places of this rank's windows in an epoch."""
         epochs = self.epochs
-        shuffled = self.shuffle and epoch > 0
-        order = epochs.permuted(epoch) if shuffled else np.arange(epochs.count)
+        order = epochs.permuted(epoch) if self.shuffle else np.arange(epochs.count)
         return epochs.even(order)[epochs.rank :: epochs.world_size]
 
     def fit(self, survey: Survey | None) -> _Ahead:

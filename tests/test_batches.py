@@ -80,10 +80,10 @@ def ours():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def places_of(count, size, *, seed=0, epoch=0, shuffle=True, drop_last=False, rank=0, world_size=1):
+def places_of(count, size, *, seed=0, epoch=0, shuffle=False, drop_last=False, rank=0, world_size=1):
     """The oracle: a list of places for each batch."""
     order = list(range(count))
-    if shuffle and epoch:
+    if shuffle:
         order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(count).tolist()
     if drop_last:
         while len(order) % (size * world_size):
@@ -201,9 +201,9 @@ def test_the_same_on_every_cluster(request, folder, starts, windows, scheduler, 
     }[scheduler]
     expected = windows if apply is None else apply(windows)
     with where(), pipeline.iter_batches(plan, 10, shuffle=True, seed=3, epoch=1, apply=apply) as batches:
-        check_batches(list(batches), expected, places_of(COUNT, 10, seed=3, epoch=1))
+        check_batches(list(batches), expected, places_of(COUNT, 10, seed=3, epoch=1, shuffle=True))
         batches.set_epoch(2)
-        check_batches(list(batches), expected, places_of(COUNT, 10, seed=3, epoch=2))
+        check_batches(list(batches), expected, places_of(COUNT, 10, seed=3, epoch=2, shuffle=True))
     assert ours() == []
 
 
@@ -239,25 +239,26 @@ def test_a_group_of_arrays_gives_dicts(folder, starts, windows):
     plan = pipeline.plan_windows(pipeline.open_matrix(sources), starts, length=LENGTH)
     with pipeline.iter_batches(plan, 20, shuffle=True, epoch=1, apply={"y": lambda b: b.mean(axis=1)}) as batches:
         got = list(batches)
-    check_batches([batch["x"] for batch in got], windows, places_of(COUNT, 20, epoch=1))
-    check_batches([batch["y"] for batch in got], windows.mean(axis=1), places_of(COUNT, 20, epoch=1))
+    check_batches([batch["x"] for batch in got], windows, places_of(COUNT, 20, epoch=1, shuffle=True))
+    check_batches([batch["y"] for batch in got], windows.mean(axis=1), places_of(COUNT, 20, epoch=1, shuffle=True))
 
 
 class TestPasses:
     def test_each_iter_begins_the_epoch(self, plan, windows):
         batches = pipeline.iter_batches(plan, 20, shuffle=True)
+        places = places_of(COUNT, 20, shuffle=True)
         assert len(batches) == 3
         first = iter(batches)
-        np.testing.assert_array_equal(next(first), windows[:20])
+        np.testing.assert_array_equal(next(first), windows[places[0]])
         second = iter(batches)
         assert list(first) == []
-        np.testing.assert_array_equal(next(second), windows[:20])
-        np.testing.assert_array_equal(next(batches), windows[20:40])
+        np.testing.assert_array_equal(next(second), windows[places[0]])
+        np.testing.assert_array_equal(next(batches), windows[places[1]])
         batches.set_epoch(1)
-        np.testing.assert_array_equal(next(batches), windows[40:])
+        np.testing.assert_array_equal(next(batches), windows[places[2]])
         with pytest.raises(StopIteration):
             next(batches)
-        check_batches(list(batches), windows, places_of(COUNT, 20, epoch=1))
+        check_batches(list(batches), windows, places_of(COUNT, 20, epoch=1, shuffle=True))
         batches.close()
         assert ours() == []
 
@@ -292,7 +293,7 @@ class TestPasses:
 
     @pytest.mark.parametrize(
         "state",
-        [None, {}, "x", {"batch": 1}, {"version": 2}, {"batch": 999}, {"batch": -1}, {"epoch": 0.5}, {"request": 3}],
+        [None, {}, "x", {"batch": 1}, {"version": 3}, {"batch": 999}, {"batch": -1}, {"epoch": 0.5}, {"request": 3}],
     )
     def test_what_is_no_state_is_refused(self, plan, state):
         batches = pipeline.iter_batches(plan, 5)
@@ -300,6 +301,32 @@ class TestPasses:
             state = batches.state_dict() | state if state != {"batch": 1} else state
         with pytest.raises(InputError):
             batches.load_state_dict(state)
+
+    def test_every_epoch_is_shuffled_the_first_too(self, folder):
+        """Sorted events must not train in order; `shuffle=False` alone is the order of the request, in every epoch."""
+        matrix = open_layout(folder, "npy")
+        plan = pipeline.plan_windows(matrix, np.arange(COUNT), length=LENGTH)
+        row_of = {row.tobytes(): number for number, row in enumerate(distinct())}
+        orders = {}
+        for shuffle in (False, True):
+            with pipeline.iter_batches(plan, 20, shuffle=shuffle) as batches:
+                for epoch in range(3):
+                    batches.set_epoch(epoch)
+                    firsts = np.concatenate([batch[:, 0] for batch in batches])
+                    orders[shuffle, epoch] = [row_of[row.tobytes()] for row in firsts]
+        in_order = list(range(COUNT))
+        assert all(orders[False, epoch] == in_order for epoch in range(3))
+        shuffled = [orders[True, epoch] for epoch in range(3)]
+        assert all(sorted(order) == in_order != order for order in shuffled)
+        assert len(set(map(tuple, shuffled))) == 3
+
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_a_state_of_an_earlier_version_is_refused(self, plan, shuffle):
+        """Its epoch 0 was in the order of the request: to go on in another order would read windows twice, others never."""
+        batches = pipeline.iter_batches(plan, 5, shuffle=shuffle)
+        with pytest.raises(InputError, match="version 1") as caught:
+            batches.load_state_dict(batches.state_dict() | {"version": 1})
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
         "wrong",
