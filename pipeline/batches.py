@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
 import numpy as np
 
 from pipeline.epochs import Epochs
-from pipeline.errors import InputError
+from pipeline.errors import IncompleteError, InputError
+from pipeline.exits import close_at_exit, is_ending
 from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.intervals import check_whole
 from pipeline.journal import Request
@@ -267,6 +268,12 @@ class _Pass:
         self._failure: Exception | None = None
         self._lock = threading.Lock()
         self._home = os.getpid()
+        close_at_exit(batches)
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            "a pass under way cannot be sent to another process; send the plan, or the batches before they are iterated"
+        )
 
     def __iter__(self) -> Self:
         return self
@@ -277,6 +284,11 @@ class _Pass:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
+            if is_ending():
+                # Not as if it had no more batches.
+                raise IncompleteError(
+                    "the main thread has ended, and every pass with it; let it wait for the thread that reads, by join"
+                )
             try:
                 return next(self._batches)
             except StopIteration:

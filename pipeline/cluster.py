@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -20,6 +21,7 @@ from pipeline.clusterfile import merged_settings, one_line
 from pipeline.dashboard import dashboard_link, right_links, say_dashboard
 from pipeline.deployments import load_class
 from pipeline.errors import InputError, OpenError, PipelineError
+from pipeline.exits import close_at_exit
 from pipeline.jobs import count_processes, start_jobs
 from pipeline.launch import launch, open_workers
 from pipeline.local import check_no_limit, start_local
@@ -27,7 +29,7 @@ from pipeline.security import check_address
 from pipeline.ssh import START_SECONDS, start_ssh
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
     from pathlib import Path
 
 __all__ = ["check_client", "connect", "dashboard_link"]
@@ -43,8 +45,7 @@ _NO_WORKERS_MINUTES = 5
 """How long the tasks of a cluster of ours wait for a worker where Dask's settings let them wait for ever."""
 
 
-@contextmanager
-def connect(cluster: str | Path | None = None, **overrides: Any) -> Iterator[distributed.Client]:
+def connect(cluster: str | Path | None = None, **overrides: Any) -> AbstractContextManager[distributed.Client]:
     """Start the cluster that a `cluster.yaml` describes, or connect to one that runs, and make it the active one.
 
     The link of its dashboard goes to stderr first; then the cluster is waited for until it has a worker. At the end
@@ -63,10 +64,10 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Iterator[dis
         lets Dask's log lines through. All others are keywords of the cluster's class, and go over the file's `kwargs`,
         such as `n_workers=2, processes=True` or `walltime="01:00:00"`.
 
-    Yields
-    ------
-    distributed.Client
-        The active client, until the block ends.
+    Returns
+    -------
+    context manager
+        Of the active client, a `distributed.Client`, until the block ends.
 
     Raises
     ------
@@ -85,7 +86,15 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Iterator[dis
     ...     client.submit(sum, [1, 2]).result()
     3
     """
+    context = _connected(cluster, overrides)
+    close_at_exit(context.gen)
+    return context
+
+
+@contextmanager
+def _connected(cluster: str | Path | None, overrides: dict[str, Any]) -> Generator[distributed.Client]:
     choice = choose_cluster(cluster, overrides)
+    home = os.getpid()
     with ExitStack() as stack:
         # The client sets `scheduler`, too, and leaves it so when it cannot connect.
         stack.enter_context(dask.config.set(merged_settings(choice.settings) | {"scheduler": "dask.distributed"}))
@@ -117,7 +126,12 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Iterator[dis
                 f"a scheduler runs until its client ends; got {one_line(error)} while a first worker was awaited; "
                 "look at its log, and start it anew"
             ) from error
-        yield client
+        try:
+            yield client
+        finally:
+            if home != os.getpid():
+                # A forked process closes nothing of its parent's.
+                stack.pop_all()
 
 
 def no_workers_timeout() -> str:

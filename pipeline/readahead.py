@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 import time
 from collections import deque
@@ -286,6 +287,7 @@ class _Runner:
         self, stack: ExitStack, stopped: threading.Event, threads: int, pool: ThreadPoolExecutor | None
     ) -> None:
         self._pool = pool
+        self._home = os.getpid()
         self._context = contextvars.copy_context()
         self._executor = ThreadPoolExecutor(threads, "batches") if threads else None
         self._futures: deque[Future[Any]] = deque(maxlen=2 * _GROUPS)
@@ -300,6 +302,9 @@ class _Runner:
         return future
 
     def _close(self, stopped: threading.Event) -> None:
+        if self._home != os.getpid():
+            # Forked: its threads are the parent's.
+            return
         stopped.set()
         executors = [each for each in (self._executor, self._pool) if each is not None]
         for executor in executors:
