@@ -32,6 +32,7 @@ import numpy as np
 
 from pipeline.errors import IncompleteError, InputError, IntegrityError, NotFoundError, OpenError, PipelineError
 from pipeline.files import FileStamp, check_rows
+from pipeline.references import Reference, find_references, hold, open_hdf5
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,8 +55,8 @@ class Hdf5Dataset:
 
     stamp: FileStamp
     """The file."""
-    others: tuple[FileStamp, ...]
-    """Other files that hold parts of the data, such as those of a virtual data set."""
+    references: tuple[Reference, ...]
+    """Other files that values come from, such as those of a virtual data set."""
     name: str
     """Path of the data set in the file."""
     shape: tuple[int, ...]
@@ -117,6 +118,11 @@ class Hdf5Source:
         self.data.stamp.check()
         if self.data.filters is not None:
             return self._decode_rows(start, stop)
+        data = self.data
+        with open_hdf5(data.stamp.path) as file, hold(file, data.name, data.references, self.axis, start, stop):
+            return self._ask_rows(start, stop)
+
+    def _ask_rows(self, start: int, stop: int) -> NDArray[Any]:
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         request: dict[str, Any] = {
             "path": str(self.data.stamp.path),
@@ -149,7 +155,7 @@ class Hdf5Source:
         grid = [range(0, size, chunk) for size, chunk in zip(data.shape, data.chunks, strict=True)]
         chunk_rows = data.chunks[axis]
         grid[axis] = range(start // chunk_rows * chunk_rows, stop, chunk_rows)
-        with _open_file(data.stamp.path) as file:
+        with open_hdf5(data.stamp.path) as file:
             dataset = file[data.name]
             fill = dataset.fillvalue
             for corner in itertools.product(*grid):
@@ -216,11 +222,16 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
         If `name` is None and the file does not hold exactly one data set of at least one dimension.
     """
     stamp = FileStamp.take(path)
-    with _open_file(path) as file:
+    with open_hdf5(path) as file:
         import h5py
 
         try:
-            dataset = file.get(name) if name is not None else _find_only(file)
+            if name is None:
+                name = _find_only(file)
+            references = find_references(file, name)
+            dataset = file.get(name)
+        except PipelineError:
+            raise
         except (KeyError, OSError, RuntimeError) as error:
             raise OpenError(f"a data set must be readable; {path}::{name}: {error}; restore the file") from error
         if not isinstance(dataset, h5py.Dataset):
@@ -229,16 +240,17 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
             )
         if dataset.shape is None:
             raise OpenError(f"a data set must hold values; {path}::{dataset.name} is empty; name another")
-        own = dataset.file.filename == file.filename and not dataset.is_virtual
-        plain = own and h5py.h5t.py_create(dataset.dtype).equal(dataset.id.get_type())
+        plain = (
+            not references and not dataset.is_virtual and h5py.h5t.py_create(dataset.dtype).equal(dataset.id.get_type())
+        )
         properties = dataset.id.get_create_plist()
-        offset = dataset.id.get_offset() if plain and not properties.get_external_count() else None
+        offset = dataset.id.get_offset() if plain else None
         filters = [properties.get_filter(i) for i in range(properties.get_nfilters())]
         known = plain and dataset.chunks is not None and _can_decode(filters)
         return Hdf5Dataset(
             stamp=stamp,
-            others=tuple(map(FileStamp.take, sorted(_other_files(dataset, path)))),
-            name=name if name is not None else dataset.name,
+            references=references,
+            name=name,
             shape=dataset.shape,
             # h5py hangs what it knows of enums, strings and references on the dtype.
             dtype=np.dtype(dataset.dtype.str) if dataset.dtype.kind in "biufc" else dataset.dtype,
@@ -249,26 +261,14 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
         )
 
 
-def _other_files(dataset: Any, path: Path) -> set[Path]:
-    """Files, those that are there, of which links, external storage and virtual data sets speak."""
-    properties = dataset.id.get_create_plist()
-    names = [dataset.file.filename]
-    names += [os.fsdecode(properties.get_external(i)[0]) for i in range(properties.get_external_count())]
-    if dataset.is_virtual:
-        names += [source.file_name for source in dataset.virtual_sources()]
-    # Relative to the file or to the working directory, as libhdf5 finds them.
-    found = {folder / name for name in names for folder in (path.parent, Path())}
-    return {other for other in found if other.is_file() and not other.samefile(path)}
-
-
-def _find_only(file: Any) -> Any:
+def _find_only(file: Any) -> str:
     found = _find_datasets(file)
     if len(found) != 1:
         raise InputError(
             f"a data set must be named in a file that does not hold exactly one; {file.filename}: "
             f"{_list_names(found)}; write {file.filename}::NAME, or use --dataset NAME"
         )
-    return file[found[0]]
+    return f"/{found[0]}"
 
 
 def _find_datasets(file: Any) -> list[str]:
@@ -290,22 +290,6 @@ def _list_names(names: Sequence[str]) -> str:
     return f"it holds {', '.join(names[:_LISTED])}" + (
         f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     )
-
-
-def _open_file(path: Path) -> Any:
-    """Open for reading, with libhdf5's own default for locks: what `HDF5_USE_FILE_LOCKING` says, else best effort.
-
-    One process may open a file twice only with the same kind of lock, so that any other choice would fail beside
-    a caller's open `h5py.File`.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise OpenError(f"HDF5 files need h5py; it is not installed, and {path} is one; pip install h5py") from error
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise OpenError(f"an HDF5 file must be readable; {path}: {error}; check the file") from error
 
 
 def _can_decode(filters: Sequence[tuple[int, int, tuple[int, ...], bytes]]) -> bool:
@@ -335,7 +319,7 @@ def _undo_filter(identifier: int, parameter: int, raw: Any, size: int) -> Any:
 
 def _iter_pieces(*, path: str, name: str, axis: int, start: int, stop: int, chunk_rows: int) -> Iterator[NDArray[Any]]:
     """Yield rows [start, stop) through h5py, rows first, cut where chunks end so that none is decoded twice."""
-    with _open_file(Path(path)) as file:
+    with open_hdf5(Path(path)) as file:
         dataset = file[name]
         row_bytes = max(1, dataset.dtype.itemsize * dataset.size // dataset.shape[axis])
         step = chunk_rows * max(1, (4 << 20) // (row_bytes * chunk_rows))

@@ -116,6 +116,7 @@ def _source_sights(source: Source) -> Iterator[Sight]:
             yield _stamped(source.stamp)
         case Hdf5Source():
             yield _stamped(source.data.stamp)
+            yield from (_stamped(reference.stamp) for reference in source.data.references[:_MOST_LOOKED_AT])
         case ZarrSource():
             yield _document(source.array)
 

@@ -147,8 +147,8 @@ def _source_parts(source: Source) -> Iterator[_Part]:
         case Hdf5Source():
             yield _Words((kind, source.data.name, str(source.data.shape), source.data.dtype.str, str(source.axis)))
             yield _Stats.known(source.data.stamp)
-            for stamp in source.data.others:
-                yield _Stats.known(stamp)
+            for reference in source.data.references:
+                yield _Stats.known(reference.stamp)
         case ZarrSource():
             yield _Words((kind, str(source.axis)))
             yield from _documents(source.array)

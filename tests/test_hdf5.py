@@ -161,7 +161,7 @@ def test_contiguous_data_are_read_without_h5py(path, userblock, axis, monkeypatc
         file["test"] = ARRAY.astype(">f8")
     source = open_source(path, axis=axis)
     assert isinstance(source, FileSource)
-    monkeypatch.setattr(hdf5, "_open_file", None)
+    monkeypatch.setattr(hdf5, "open_hdf5", None)
     np.testing.assert_array_equal(source.read_rows(3, 28), np.moveaxis(ARRAY, axis, 0)[3:28])
 
 
