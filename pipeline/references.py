@@ -185,10 +185,11 @@ class _Search:
         passed: list[Path] = []
         found = self.follow(self.file["/"], name, passed)
         if isinstance(found, h5py.Dataset):
-            shape = self.find_shape(found) or ()
-            box = _Box((0,) * len(shape), shape)
-            self.add(passed, box)
-            self.explore(found, box, ())
+            shape = self.find_shape(found)
+            if shape is not None:
+                box = _Box((0,) * len(shape), shape)
+                self.add(passed, box)
+                self.explore(found, box, ())
         elif passed:
             raise _lacks(passed[-1], name.rpartition("/")[2], f"{self.file.filename}::{name}")
         return tuple(self.references[path] for path in sorted(self.references))
