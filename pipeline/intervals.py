@@ -11,6 +11,8 @@ from pipeline.errors import InputError
 from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike, NDArray
 
 By = Literal["blocks", "intervals", "order"]
@@ -32,8 +34,13 @@ def check_whole(name: str, value: object, *, least: int) -> int:
     return int(value)
 
 
-def check_intervals(within: ArrayLike, rows: int) -> NDArray[np.int64]:
-    """Sort intervals (m, 2) of rows; InputError where one is empty, leaves the matrix, or overlaps another."""
+def check_intervals(
+    within: ArrayLike, rows: int, *, where: Callable[[int], str] = "at place {}".format
+) -> NDArray[np.int64]:
+    """Sort intervals (m, 2) of rows; InputError where one is empty, leaves the matrix, or overlaps another.
+
+    `where` names the place of an interval in messages.
+    """
     try:
         given = np.asarray(within)
     except ValueError as error:
@@ -44,12 +51,16 @@ def check_intervals(within: ArrayLike, rows: int) -> NDArray[np.int64]:
         )
     bad = (given < 0).any(axis=1) | (given > rows).any(axis=1) | (given[:, 0] >= given[:, 1])
     if bad.any():
-        first, stop = given[bad][0]
-        raise InputError(f"an interval lies inside the {rows} rows and is not empty; got [{first}, {stop}); mend it")
-    intervals = given[np.argsort(given[:, 0], kind="stable")].astype(np.int64)
+        place = int(np.flatnonzero(bad)[0])
+        first, stop = given[place]
+        raise InputError(
+            f"an interval lies inside the {rows} rows and is not empty; got [{first}, {stop}) {where(place)}; mend it"
+        )
+    order = np.argsort(given[:, 0], kind="stable")
+    intervals = given[order].astype(np.int64)
     overlapping = np.flatnonzero(intervals[1:, 0] < intervals[:-1, 1])
     if len(overlapping):
-        one, other = intervals[overlapping[0]].tolist(), intervals[overlapping[0] + 1].tolist()
+        one, other = (f"{given[place].tolist()} {where(place)}" for place in order[overlapping[0] :][:2].tolist())
         raise InputError(f"intervals do not overlap; got {one} and {other}; merge or cut them")
     return intervals
 

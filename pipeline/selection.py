@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
-from pipeline.intervals import By, name_parts, split_rows
+from pipeline.intervals import By, check_intervals, name_parts, split_rows
 from pipeline.rowfiles import load_intervals, load_starts
-from pipeline.starts import draw_starts, grid_starts
+from pipeline.starts import check_starts, draw_starts, grid_starts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,14 +43,16 @@ def select_starts(
 ) -> NDArray[Any]:
     """Return the starts that the options of `run` name, each as on the command line."""
     if starts is not None:
-        return load_starts(starts)
+        listed = load_starts(starts)
+        return check_starts(listed.values, rows=opened.rows, length=length, where=listed.where)
     intervals = None
     if within == "parts":
         if opened.parts is None:
             raise InputError(f"--within parts is for a matrix of several sources; {matrix} has one; drop it")
         intervals = opened.parts
     elif within is not None:
-        intervals = load_intervals(within)
+        listed = load_intervals(within)
+        intervals = check_intervals(listed.values, opened.rows, where=listed.where)
     if split is not None:
         intervals = _choose_part(opened.rows, length, intervals, split, part, split_by, split_seed)
     elif part is not None or split_by is not None or split_seed is not None:

@@ -12,6 +12,8 @@ from pipeline.memory import budget
 from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike, NDArray
 
 
@@ -172,8 +174,13 @@ def _draw_disjoint(
     return starts
 
 
-def check_starts(starts: ArrayLike, *, rows: int, length: int) -> NDArray[np.int64]:
-    """Return starts as a read-only (n,) int64 copy; InputError unless each is a whole number in [0, rows - length]."""
+def check_starts(
+    starts: ArrayLike, *, rows: int, length: int, where: Callable[[int], str] = "at place {}".format
+) -> NDArray[np.int64]:
+    """Return starts as a read-only (n,) int64 copy; InputError unless each is a whole number in [0, rows - length].
+
+    `where` names the place of a start in messages.
+    """
     given = np.asarray(starts)
     if given.ndim != 1 or not given.size:
         raise InputError(f"starts are one-dimensional and at least one; got shape {given.shape}; give a list of rows")
@@ -185,7 +192,7 @@ def check_starts(starts: ArrayLike, *, rows: int, length: int) -> NDArray[np.int
         worst = lowest if lowest < 0 else highest
         place = int(np.argmax(given == worst))
         raise InputError(
-            f"a start is in 0 to {rows - length} ({rows} rows, length {length}); got {worst} at place {place}; mend it"
+            f"a start is in 0 to {rows - length} ({rows} rows, length {length}); got {worst} {where(place)}; mend it"
         )
     checked = given.astype(np.int64)
     checked.flags.writeable = False

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,7 +218,7 @@ def check(cli, folder, arguments, code, words):
 LONG = "x" * 300
 
 STARTS = [
-    ("neg.npy", 2, ["-1 at place 1", "0 to 1984"]),
+    ("neg.npy", 2, ["-1 at place 1 of neg.npy", "0 to 1984"]),
     ("past.npy", 2, ["1985 at place 1", "0 to 1984"]),
     ("float.npy", 2, ["float64", "int64"]),
     ("nan.npy", 2, ["float64", "int64"]),
@@ -237,12 +238,12 @@ STARTS = [
     ("pickled.npy", 3, ["pickled.npy", "write it anew"]),
     ("u64past.npy", 2, ["1985 at place 1", "0 to 1984"]),
     ("records.npy", 2, ["'a'", "int64"]),
-    ("table.csv", 3, ["table.csv", "'a,b' at place 0"]),
+    ("table.csv", 3, ["table.csv, line 1: 'a,b' is not a whole number"]),
     ("any.pkl", 3, ["any.pkl", "write it anew"]),
     ("mine.npy", 3, ["mine.npy", "write it anew"]),
-    ("header.txt", 3, ["header.txt", "'start' at place 0"]),
-    ("float.txt", 3, ["float.txt", "'1.5' at place 0"]),
-    ("neg.txt", 2, ["-1 at place 1"]),
+    ("header.txt", 3, ["header.txt, line 1: 'start' is not a whole number"]),
+    ("float.txt", 3, ["float.txt, line 1: '1.5' is not a whole number"]),
+    ("neg.txt", 2, ["-1 at line 2 of neg.txt", "0 to 1984"]),
     ("signs.txt", 3, ["signs.txt", "--5"]),
     ("huge.txt", 2, ["huge.txt", str(10**30)]),
     ("digits.txt", 2, ["digits.txt", "1111"]),
@@ -613,8 +614,42 @@ def test_apply_that_changes_its_mind(cli, here):
     check(cli, here, line.split(), 4, ["(1, 20)", "(2, 20)", "task ", "rows", "mend it"])
 
 
+ROW_FILES = [
+    # The bad line is the third: lines count from 1, as editors count, blank ones and such without a newline among them.
+    ("starts", "7\n\nseven\n", 3, "rows.txt, line 3: 'seven' is not a whole number"),
+    ("starts", "7 8\n9\n10 1x 11\n", 3, "rows.txt, line 3: '1x' is not a whole number (the line is '10 1x 11')"),
+    ("starts", f"7\r\n8\r\n{2**63}\r\n", 2, f"rows.txt, line 3: '{2**63}' is no row"),
+    ("starts", "7\n8\n1985", 2, "1985 at line 3 of rows.txt ('1985')"),
+    ("starts", "7 8\n9\n10 -1 11\n", 2, "-1 at line 3 of rows.txt ('10 -1 11')"),
+    ("starts", "7\x0c8\n9\n-1\n", 2, "-1 at line 3 of rows.txt ('-1')"),
+    ("within", "0 40\n\n50 x\n", 3, "rows.txt, line 3: 'x' is not a whole number (the line is '50 x')"),
+    ("within", "0 40\n\n50\n60 80\n90\n", 3, "rows.txt, line 3: '50' is not an interval"),
+    ("within", "0 40\n50 90\n100 140 1\n150 190 1\n", 3, "rows.txt, line 3: '100 140 1' is not an interval"),
+    ("within", "\n\n40 20\n", 2, "[40, 20) at line 3 of rows.txt ('40 20')"),
+    ("within", "50 90\n0 40\n100 2001\n", 2, "[100, 2001) at line 3 of rows.txt ('100 2001')"),
+    ("within", "\n50 90\n40 60\n", 2, "[40, 60] at line 3 of rows.txt ('40 60') and [50, 90] at line 2 of rows.txt"),
+]
+
+
+@pytest.mark.parametrize(("option", "text", "code", "words"), ROW_FILES)
+@pytest.mark.parametrize("standard_input", [False, True])
+def test_a_bad_line_is_named_as_editors_count(cli, here, option, text, code, words, standard_input):
+    Path("rows.txt").write_bytes(text.encode())
+    name, stdin = ("-", text.replace("\r\n", "\n")) if standard_input else ("rows.txt", "")
+    said = cli("plan", "A.zarr", f"--{option}", name, stdin=stdin)
+    assert (said.code, said.out) == (code, "")
+    assert (words.replace("rows.txt", "standard input") if standard_input else words) in said.err
+
+
+def test_a_bad_row_of_an_npy_is_named(cli, here):
+    np.save("i.npy", [[0, 40], [50, 2001]])
+    said = cli("plan", "A.zarr", "--within", "i.npy")
+    assert said.code == 2
+    assert "[50, 2001) at place 1 of i.npy" in said.err
+
+
 def test_starts_on_standard_input_that_are_none(cli, here):
-    for text, code, words in [("", 2, "at least one"), ("1 two", 3, "'two' at place 1"), ("-1", 2, "-1 at place 0")]:
+    for text, code, words in [("", 2, "at least one"), ("1 two", 3, "standard input, line 1: 'two' is not"), ("7\n-1", 2, "-1 at line 2 of standard input")]:
         said = cli("plan", "A.zarr", "--starts", "-", stdin=text)
         assert (said.code, said.out) == (code, "")
         assert words in said.err

@@ -128,15 +128,15 @@ def test_intervals_from_files(tmp_path):
     np.save(tmp_path / "i.npy", np.array([[0, 5], [7, 9]]))
     (tmp_path / "i.txt").write_text("0 5\n7\t9\n")
     for name in ("i.npy", "i.txt"):
-        np.testing.assert_array_equal(load_intervals(tmp_path / name), [[0, 5], [7, 9]])
+        np.testing.assert_array_equal(load_intervals(tmp_path / name).values, [[0, 5], [7, 9]])
 
 
 @pytest.mark.parametrize(
     ("content", "error", "words"),
     [
-        ("0 5\n7\n", pipeline.OpenError, "3 numbers"),
-        ("", pipeline.OpenError, "0 numbers"),
-        ("0,5\n", pipeline.OpenError, "'0,5' at place 0"),
+        ("0 5\n7\n", pipeline.OpenError, "line 2: '7' is not an interval"),
+        ("", pipeline.OpenError, "no intervals"),
+        ("0,5\n", pipeline.OpenError, "line 1: '0,5' is not a whole number"),
         (f"0 {2**64}\n", pipeline.InputError, str(2**64)),
         (None, pipeline.NotFoundError, "i.txt"),
     ],

@@ -176,7 +176,7 @@ def test_starts_from_files(tmp_path, monkeypatch):
     (tmp_path / "s.txt").write_text("3\n1\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("3 1\n"))
     for path in (tmp_path / "s.npy", str(tmp_path / "s.txt"), "-"):
-        np.testing.assert_array_equal(load_starts(path), [3, 1])
+        np.testing.assert_array_equal(load_starts(path).values, [3, 1])
 
 
 @pytest.mark.parametrize(
