@@ -199,8 +199,8 @@ def check_decodable(array: zarr.Array[Any], name: str) -> tuple[int, ...]:
     nbytes, allowed = math.prod(shape) * np.dtype(array.dtype).itemsize, budget()
     if nbytes > allowed.nbytes:
         raise BudgetError(
-            f"a chunk is decoded whole; one of {name} takes {format_size(nbytes)}, {allowed.source} allows "
-            f"{format_size(allowed.nbytes)}; write the array anew in smaller chunks"
+            f"a chunk is decoded whole; one of {name} takes {format_size(nbytes)}, {allowed}"
+            f"; write the array anew in smaller chunks"
         )
     return shape
 

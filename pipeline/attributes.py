@@ -203,8 +203,8 @@ def _read_coordinate(array: zarr.Array[Any], name: str | None, axis: int, memory
     allowed = budget(memory)
     if beside.nbytes > allowed.nbytes - held_nbytes():
         raise BudgetError(
-            f"coordinates fit in memory; {where} takes {format_size(beside.nbytes)}, {allowed.source} allows "
-            f"{format_size(allowed.nbytes)}; raise the limit, or take it away from there"
+            f"coordinates fit in memory; {where} takes {format_size(beside.nbytes)}, {allowed}"
+            f"; raise the limit, or take it away from there"
         )
     try:
         values = np.ascontiguousarray(

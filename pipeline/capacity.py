@@ -127,13 +127,13 @@ def fit_memory(
     threads
         Tasks that run at once.
     what
-        Names the request in the error.
+        Names the request in the error: the result, or else the task.
     held
         Bytes that are held all the while: the result.
     enough
         Bytes, beside what is held already, that more tasks at once should not pass where the user sets no limit.
     way_out
-        Ends the error.
+        Ends the error where the result is what is too large.
 
     Raises
     ------
@@ -144,9 +144,13 @@ def fit_memory(
     before = held_nbytes() + held
     needed = before + _OWN_NBYTES + task_nbytes
     if needed > allowed.nbytes:
+        parts = [f"{format_size(before - held)} held already", f"{format_size(_OWN_NBYTES)} to run with"]
+        parts += [f"{format_size(held)} for {what}", f"{format_size(task_nbytes)} for a task"] if held else []
+        parts += [] if held else [f"{format_size(task_nbytes)} for {what}"]
+        # Where the rest alone is too much, it is of no use to put the result elsewhere.
+        advice = way_out if needed - held <= allowed.nbytes else "raise the limit"
         raise BudgetError(
-            f"a run fits its memory; {what} needs {format_size(needed)}, {format_size(before - held)} held already, "
-            f"{allowed.source} allows {format_size(allowed.nbytes)}; {way_out}"
+            f"not enough memory: the run needs {format_size(needed)} ({', '.join(parts)}), {allowed}; {advice}"
         )
     most = allowed.nbytes if enough is None or limit is not None else min(allowed.nbytes, max(needed, before + enough))
     fits = 1 + (most - needed) // max(1, task_nbytes)

@@ -27,6 +27,7 @@ from pipeline.options import (
     common,
     connecting,
     in_place,
+    known_variables,
     member_option,
     memory_option,
     option,
@@ -268,7 +269,7 @@ def create(
             **settings,
         )
     if dry_run:
-        _report(*report_dry_run(creation), as_json=as_json)
+        _report(*report_dry_run(creation), as_json=as_json, quiet=quiet)
         return
     ready = time.perf_counter()
     apart = [dest, *(each.split("::")[0] for each in sources)]
@@ -281,7 +282,7 @@ def create(
             matrix = creation.run(watch)
         ended = time.perf_counter()
     measures = Measures(begin, ready, started, ended, peak.nbytes, link)
-    _report(*report_creation(matrix, watch, measures), as_json=as_json)
+    _report(*report_creation(matrix, watch, measures), as_json=as_json, quiet=quiet)
 
 
 @cli.command(
@@ -304,6 +305,7 @@ def info(
     members: tuple[str, ...],
     length: int,
     as_json: bool,
+    quiet: bool,
     **_: bool,
 ) -> None:
     """Say what a matrix is, and what a window costs.
@@ -316,19 +318,19 @@ def info(
 
         opened = open_named(matrix, dtype, row_shape, dataset, members=members)
         length = opened.check_length(length)
-    _report(*report_matrix(opened, length), as_json=as_json)
+    _report(*report_matrix(opened, length), as_json=as_json, quiet=quiet)
 
 
 @cli.command(examples=("pipeline plan A.zarr --count 10000 --length 16 --out windows.zarr",))
 @request
-def plan(*, as_json: bool, **arguments: Any) -> None:
+def plan(*, as_json: bool, quiet: bool, **arguments: Any) -> None:
     """Say what `run` would do and cost.
 
     Reads no data, but for one window where --apply is given. MATRIX is as for `run`.
     """
     with _loading(), _foreign_output_diverted():
         _, sink = _prepare(**arguments)
-    _report(*report_plan(sink), as_json=as_json)
+    _report(*report_plan(sink), as_json=as_json, quiet=quiet)
 
 
 @cli.command(
@@ -372,7 +374,7 @@ def run(
             sink.run(watch)
         ended = time.perf_counter()
     measures = Measures(begin, ready, started, ended, peak.nbytes, link)
-    _report(*report_run(matrix, sink, watch, measures, threads=threads, within=arguments["within"]), as_json=as_json)
+    _report(*report_run(matrix, sink, watch, measures, threads=threads), as_json=as_json, quiet=quiet)
 
 
 @cli.command(
@@ -440,7 +442,7 @@ def verify(
     found = checking.report(watch, problems) if write_manifest is None else recording.report(watch)
     facts, numbers = add_measures(found, watch, measures)
     if not (problems and as_json):
-        _report(facts, numbers, as_json=as_json)
+        _report(facts, numbers, as_json=as_json, quiet=quiet)
     if not problems:
         return
     if not as_json:
@@ -467,7 +469,7 @@ def demo(directory: str | None, *, where: dict[str, Any], as_json: bool, quiet: 
         say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
         stack.enter_context(_connected(where, quiet=quiet, verbose=verbose))
         facts, numbers = run_demo(Path(folder), say)
-    _report(facts, numbers, as_json=as_json)
+    _report(facts, numbers, as_json=as_json, quiet=quiet)
 
 
 @cli.command()
@@ -507,23 +509,24 @@ def bench(directory: str | None, *, plot: str | None, as_json: bool, quiet: bool
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
         say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
         words, numbers = run_bench(Path(folder), plot=None if plot is None else Path(plot), say=say, **settings)
-    click.echo(json.dumps(numbers) if as_json else words)
+    if as_json or not quiet:
+        click.echo(json.dumps(numbers) if as_json else words)
 
 
 @cli.command()
 @connecting
 @memory_option
 @common
-def config(*, where: dict[str, Any], memory: str | None, as_json: bool, **_: bool) -> None:
+def config(*, where: dict[str, Any], memory: str | None, as_json: bool, quiet: bool, **_: bool) -> None:
     """Show every value in force, and where it came from.
 
     Keys, passwords and tokens are not shown. Starts no cluster.
     """
     from pipeline.settings import collect_settings, report_settings
 
-    variables = {str(each.envvar) for verb in cli.commands.values() for each in verb.params if each.envvar}
     told = {name: teller for name, teller in tellers(click.get_current_context()) if name in {*where, "memory"}}
-    _report(*report_settings(collect_settings(where, told, memory=memory, variables=variables)), as_json=as_json)
+    settings = collect_settings(where, told, memory=memory, variables=known_variables())
+    _report(*report_settings(settings), as_json=as_json, quiet=quiet)
 
 
 def _prepare(**arguments: Any) -> tuple[Matrix | MatrixGroup, Gathering | GroupGathering | Storing]:
@@ -588,6 +591,9 @@ def _shown(unit: str, *, quiet: bool) -> Iterator[Watch]:
         yield watch
 
 
-def _report(facts: dict[str, str], numbers: dict[str, Any], *, as_json: bool) -> None:
-    """Print what a verb found: words in two columns, or one JSON object."""
-    click.echo(json.dumps(numbers) if as_json else align_facts(facts))
+def _report(facts: dict[str, str], numbers: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """Print what a verb found: one JSON object, or words in two columns unless all is to be quiet."""
+    if as_json:
+        click.echo(json.dumps(numbers))
+    elif not quiet:
+        click.echo(align_facts(facts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -174,7 +175,8 @@ def select(
     Raises
     ------
     InputError
-        If columns are no whole numbers within the row, or none; if values cannot be cast within their kind.
+        If columns are no whole numbers within the row, or none, or a slice begins or ends outside of it; if values
+        cannot be cast within their kind.
 
     Examples
     --------
@@ -220,12 +222,25 @@ def _check_slice(columns: slice, size: int, rule: str) -> slice | NDArray[np.int
         found = range(*columns.indices(size))
     except (TypeError, ValueError) as error:
         raise InputError(f"{rule}; got {columns}: {error}; write them such as slice(0, {size})") from error
+    # NumPy would clip: whoever mistakes how many columns there are would get fewer than were asked for.
+    lowest = -size - (found.step < 0)
+    for bound in (columns.start, columns.stop):
+        if bound is not None and not lowest <= operator.index(bound) <= size:
+            raise InputError(
+                f"columns {_say_slice(columns)} lie outside the {size:,} columns of a row; "
+                f"stay within {-size} to {size}"
+            )
     if not found:
         raise InputError(f"{rule}, one at least; {columns} has none of {size}; choose some")
     if found.step < 0 and len(found) > 1:
         return _freeze(np.array(found, np.int64))
     # Of the spellings of one slice, this one.
     return slice(found.start, found[-1] + 1, found.step if len(found) > 1 else 1)
+
+
+def _say_slice(columns: slice) -> str:
+    parts = [columns.start, columns.stop, *([] if columns.step is None else [columns.step])]
+    return ":".join("" if part is None else str(part) for part in parts)
 
 
 def _freeze(numbers: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from pipeline.errors import InputError
 from pipeline.markup import html_table
 from pipeline.matrices import MatrixGroup
 from pipeline.matrix import Matrix
-from pipeline.plan import Cost, Plan, cost_bars, order_starts, plan_single
+from pipeline.plan import Cost, Plan, cost_bars, order_starts, plan_single, say_crossings
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class GroupPlan:
             f"{format_size(self.nbytes)} for the results + {format_size(self.reading_nbytes)} a thread"
         )
         if crossings := self.crossings():
-            facts["crossings"] = f"{crossings:,} windows cross the border of two parts"
+            facts["crossings"] = say_crossings(crossings)
         return facts
 
     @property
@@ -208,8 +208,9 @@ def plan_windows(
         Limit in bytes, or text such as "8GB", for all that the run holds; the machine's own limits hold beside it.
     columns
         What is delivered of each row: a slice of its first axis, or whole numbers, negative ones from the end, in any
-        order, repeated or not. One run of them is read alone where that is less work than reading whole rows. Of
-        several matrices a mapping by their names. Default: all.
+        order, repeated or not. A slice that begins or ends outside the row is an error, not clipped. One run of columns
+        is read alone where that is less work than reading whole rows. Of several matrices a mapping by their names.
+        Default: all.
     dtype
         Of the values as delivered: one that they can be cast to within their kind (`same_kind` of `numpy.can_cast`).
         Floats may be rounded; a value that is lost otherwise is an IntegrityError of the run. Of several matrices a

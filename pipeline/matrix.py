@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 _MOST_NAMED = 4
 """Files of one matrix that it names."""
 
+_MOST_LOOKED_FOR = 1_000_000
+"""Files, along the rows, among which the first that is not right is looked for."""
+
 MissingChunks = Literal["error", "fill"]
 
 
@@ -109,6 +112,14 @@ class Matrix:
     def count_files(self) -> tuple[int, int, int]:
         """Files of the matrix that are there, those there should be, and the bytes that the former take."""
         return self.layout.files.count()
+
+    def find_problem(self) -> str:
+        """Say which file is the first that is absent, or of a wrong size; empty where none is found."""
+        files = self.layout.files
+        if isinstance(files, PlainFiles):
+            return ""
+        problem = files.find_problem(np.arange(min(files.grid[0], _MOST_LOOKED_FOR)))
+        return "" if problem is None else f"{problem.name} {problem.words}"
 
     def facts(self) -> dict[str, str]:
         """What a person wants to know, as words."""

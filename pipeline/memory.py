@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pipeline.errors import InputError
+from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sized
@@ -22,6 +23,7 @@ _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?) *(?P<unit>(
 _EXPONENT = {letter: power for power, letter in enumerate("kmgtp", start=1)}
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _SAMPLE_SECONDS = 0.05
+_LIMIT = "--memory"
 
 
 def parse_size(text: str | int) -> int:
@@ -67,6 +69,12 @@ class Budget:
     """Bytes, those that they hold already among them."""
     source: str
     """The limit that sets it: `--memory`, `cgroup /a/b`, `RLIMIT_AS`, `available RAM` or `RAM`."""
+
+    def __str__(self) -> str:
+        # Less than the interpreter takes: whoever wrote 10 meant no ten bytes.
+        bare = self.source == _LIMIT and self.nbytes < 10**6
+        hint = " (a number without a unit is bytes; write such as 8GB)" if bare else ""
+        return f"{self.source} allows {format_size(self.nbytes)}{hint}"
 
 
 def budget(limit: int | None = None) -> Budget:
@@ -158,7 +166,7 @@ def _shared_nbytes() -> int:
 
 def _least_budget(limit: int | None, proc: Path) -> Budget:
     own = _held_nbytes(proc)
-    budgets = [] if limit is None else [Budget(limit, "--memory")]
+    budgets = [] if limit is None else [Budget(limit, _LIMIT)]
     budgets += [Budget(max(0, free) + own, source) for source, free in _cgroup_room(proc)]
     budgets += _address_space(proc)
     if free := _fields(proc / "meminfo").get("MemAvailable"):

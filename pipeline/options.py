@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from pipeline.errors import InputError
 from pipeline.pages import complete_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+
+_PREFIX = "PIPELINE_"
+_FOREIGN = frozenset({"PIPELINE_WORKSPACE"})
+"""Variables of others: Azure Pipelines sets this one in every job."""
 
 
 class _Option(click.Option):
@@ -20,7 +28,7 @@ class _Option(click.Option):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.name not in (None, "overwrite", "out", "order"):
-            self.envvar = f"PIPELINE_{self.opts[0].removeprefix('--').replace('-', '_')}".upper()
+            self.envvar = f"{_PREFIX}{self.opts[0].removeprefix('--').replace('-', '_')}".upper()
 
 
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
@@ -29,14 +37,45 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 
 def common(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every verb has."""
+    """Add the options that every verb has; a verb refuses variables of the environment that set none."""
+
+    @functools.wraps(function)
+    def verb(**arguments: Any) -> None:
+        _refuse_variables(os.environ)
+        function(**arguments)
+
     options = [
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of words."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress, no link."),
+        click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors; --json is printed."),
         click.option("-v", "--verbose", is_flag=True, help="Dask's own log lines, too."),
         click.option("--debug", is_flag=True, help="Tracebacks of failures."),
     ]
-    return functools.reduce(lambda made, add: add(made), reversed(options), function)
+    return functools.reduce(lambda made, add: add(made), reversed(options), verb)
+
+
+def known_variables() -> set[str]:
+    """Return the environment variables that set an option of some verb."""
+    return {str(each.envvar) for each in _all_options() if each.envvar}
+
+
+def _all_options() -> list[click.Parameter]:
+    group = click.get_current_context().find_root().command
+    assert isinstance(group, click.Group)
+    return [each for verb in group.commands.values() for each in verb.params]
+
+
+def _refuse_variables(environment: Mapping[str, str]) -> None:
+    """Raise InputError where a variable of ours sets no option: the run would not be what was meant."""
+    known = known_variables()
+    for name in sorted(environment):
+        if not name.startswith(_PREFIX) or name in known or name in _FOREIGN:
+            continue
+        flag = f"--{name.removeprefix(_PREFIX).lower().replace('_', '-')}"
+        near = difflib.get_close_matches(name.upper(), known, 1)
+        hint = f"did you mean {near[0]}? unset it" if near else "unset it"
+        if any(flag in each.opts and not each.envvar for each in _all_options()):
+            hint = f"{flag} is for the command line alone; unset it"
+        raise InputError(f"the environment variable {name} sets no option; {hint}")
 
 
 def connecting(function: Callable[..., None]) -> Callable[..., None]:
@@ -106,7 +145,9 @@ report_option = click.option(
     shell_complete=complete_files,
     help="Dask's performance report, one .html that needs no network.",
 )
-memory_option = option("--memory", metavar="SIZE", help="Most that the run may hold, such as 8GB.")
+memory_option = option(
+    "--memory", metavar="SIZE", help="Most that the run may hold, such as 8GB; a number alone is bytes."
+)
 member_option = option(
     "--member", "members", metavar="NAME", multiple=True, help="An array of a Zarr group; repeat it.  [default: all]"
 )
@@ -149,7 +190,10 @@ def request(function: Callable[..., None]) -> Callable[..., None]:
             help="Fractions of the rows, such as 0.8,0.1,0.1: windows of one part share no row with another's.",
         ),
         option(
-            "--part", metavar="NAME", help="The part of --split to take: train, validation, test, or its number from 0."
+            "--part",
+            metavar="NAME",
+            help="The part of --split to take: train, validation, test, or the beginning of one, such as val; or its "
+            "number from 0.",
         ),
         option(
             "--split-by",
@@ -179,7 +223,8 @@ def request(function: Callable[..., None]) -> Callable[..., None]:
         option(
             "--columns",
             metavar="A:B[:S]|N,N...",
-            help="Part of each row: a slice of its first axis, or indices, in any order; negative ones from the end.",
+            help="Part of each row: a slice of its first axis, which stays within the row, or indices, in any order; "
+            "negative ones from the end.",
         ),
         option("--as-dtype", metavar="DTYPE", help="Deliver values as this dtype, of their own kind, such as float32."),
         option("--apply", "apply_name", metavar="MODULE:FUNCTION", help="Run on each block; only its result travels."),

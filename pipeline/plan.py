@@ -277,7 +277,7 @@ class Plan:
             facts["requests"] = f"about {' as gather, '.join(prices)} as store, at the price of a GET of S3"
         crossings = self.crossings()
         if crossings:
-            facts["crossings"] = f"{crossings:,} windows cross the border of two parts"
+            facts["crossings"] = say_crossings(crossings)
         return facts
 
     def spread(self, bins: int = 100) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
@@ -335,6 +335,15 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return html_table("Plan", self.facts(), cost_bars(self.nbytes, self.chunk, self.request))
+
+
+def say_crossings(crossings: int) -> str:
+    """Say how many windows cross the border of two parts, and how to draw none that do."""
+    cross = "window crosses" if crossings == 1 else "windows cross"
+    return (
+        f"{crossings:,} {cross} the border of two parts; --within parts (within=matrix.parts) draws none; "
+        f"of starts of your own, leave these out"
+    )
 
 
 def cost_bars(nbytes: int, chunk: Cost, request: Cost) -> dict[str, dict[str, float]]:
@@ -407,8 +416,8 @@ def _check_fits(count: int) -> None:
     allowed, needed = budget(), count * _PLANNED_NBYTES
     if needed > allowed.nbytes - held_nbytes():
         raise BudgetError(
-            f"a plan fits in memory; that of {count:,} windows takes {format_size(needed)}, {allowed.source} allows "
-            f"{format_size(allowed.nbytes)}; plan and run them in parts, each with starts and an output of its own"
+            f"a plan fits in memory; that of {count:,} windows takes {format_size(needed)}, {allowed}"
+            f"; plan and run them in parts, each with starts and an output of its own"
         )
 
 

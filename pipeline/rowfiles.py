@@ -35,11 +35,11 @@ class RowFile:
     """None for a `.npy`."""
 
     def where(self, number: int) -> str:
-        """Name the place of one of `values`: the line of a text file, from 1, as editors count.
+        r"""Name the place of one of `values`: the line of a text file, from 1, as editors count.
 
         Examples
         --------
-        >>> RowFile("s.txt", np.array([3, -1]), "3\\n\\n-1\\n").where(1)
+        >>> RowFile("s.txt", np.array([3, -1]), "3\n\n-1\n").where(1)
         "at line 3 of s.txt ('-1')"
         """
         if self.text is None:

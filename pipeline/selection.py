@@ -78,6 +78,10 @@ def _choose_part(
         raise InputError(f"--split is fractions with commas; got {split!r}; write it such as 0.8,0.1,0.1") from error
     names = name_parts(len(fractions))
     known = {name: name for name in names} | {str(number): name for number, name in enumerate(names)}
+    if part and part not in known:
+        # The beginning of one name alone, such as val.
+        begun = [name for name in names if name.startswith(part.lower())]
+        known |= {part: begun[0]} if len(begun) == 1 else {}
     if part not in known:
         got = "none" if part is None else repr(part)
         raise InputError(f"--split goes with the --part to run; got {got}; give one of {', '.join(known)}")

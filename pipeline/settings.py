@@ -187,13 +187,12 @@ def _zarr_settings() -> dict[str, Setting]:
 
 
 def _variable_settings(variables: Collection[str]) -> dict[str, Setting]:
-    """Environment variables of ours; one that is no option's is probably misspelt."""
-    made = {}
-    for name, value in sorted(os.environ.items()):
-        if name.startswith("PIPELINE_"):
-            origin = "the environment" if name in variables else "the environment; no option has this name"
-            made[f"environment.{name}"] = Setting(value, origin)
-    return made
+    """Environment variables of ours."""
+    return {
+        f"environment.{name}": Setting(os.environ[name], "the environment")
+        for name in sorted(variables)
+        if name in os.environ
+    }
 
 
 def report_settings(settings: Mapping[str, Setting]) -> tuple[dict[str, str], dict[str, Any]]:

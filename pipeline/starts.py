@@ -148,8 +148,7 @@ def _check_fit(count: int, way_out: str) -> None:
     allowed = budget()
     if count * _DRAWN_NBYTES > allowed.nbytes:
         raise BudgetError(
-            f"starts fit in memory; {count} of them take {format_size(count * _DRAWN_NBYTES)}, {allowed.source} allows "
-            f"{format_size(allowed.nbytes)}; {way_out}"
+            f"starts fit in memory; {count} of them take {format_size(count * _DRAWN_NBYTES)}, {allowed}; {way_out}"
         )
 
 

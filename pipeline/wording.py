@@ -91,6 +91,7 @@ def _report_single(matrix: Any, length: int) -> Report:
         # A window at a random start touches 1 + (length - 1) / chunk_rows chunks on average.
         nbytes_read = round((1 + (length - 1) / layout.chunk_rows) * layout.chunk_rows * matrix.row_nbytes)
     present, total, stored = matrix.count_files()
+    problem = matrix.find_problem() if present < total else ""
     numbers = {
         "path": matrix.path,
         "shape": list(matrix.shape),
@@ -102,6 +103,7 @@ def _report_single(matrix: Any, length: int) -> Report:
         "reader": layout.reader,
         "files_present": present,
         "files": total,
+        "first_problem": problem or None,
         "nbytes": matrix.nbytes,
         "nbytes_stored": stored,
         "length": length,
@@ -113,7 +115,7 @@ def _report_single(matrix: Any, length: int) -> Report:
     }
     kind = "shards" if layout.shard_rows else "chunks" if matrix.array is not None else "files"
     facts = matrix.facts() | {
-        "present": f"{present:,} of {total:,} {kind}",
+        "present": f"{present:,} of {total:,} {kind}{_say_absent(present, total, problem)}",
         "on disk": f"{format_size(stored)} ({stored / matrix.nbytes:.2f} of the size in memory)",
         f"a window of {length}": f"{format_size(wanted)}, reads {format_size(nbytes_read)} on average, "
         f"amplification {nbytes_read / wanted:.2f}",
@@ -126,12 +128,24 @@ def _report_single(matrix: Any, length: int) -> Report:
     return {"matrix": matrix.path, **facts}, numbers
 
 
+def _say_absent(present: int, total: int, problem: str) -> str:
+    """Say what to do about files that are absent, and which is the first that is not right; empty where none is."""
+    if present == total:
+        return ""
+    first = f"; first {problem}" if problem else ""
+    return (
+        f"; {total - present:,} absent{first}; restore what was lost, or, where nothing was ever written there, "
+        f"read the fill value with --missing-chunks fill (missing_chunks=)"
+    )
+
+
 def _report_group(group: Any, length: int) -> Report:
     facts = {"matrix": group.path, **group.facts()}
     told = {name: _report_single(each, length)[1] for name, each in group.members.items()}
     for name, each in told.items():
         facts[name] += (
-            f"; present {each['files_present']:,} of {each['files']:,} files; a window of {length}: "
+            f"; present {each['files_present']:,} of {each['files']:,} files"
+            f"{_say_absent(each['files_present'], each['files'], each['first_problem'] or '')}; a window of {length}: "
             f"{format_size(each['window_nbytes'])}, reads {format_size(each['window_nbytes_read'])}"
         )
     numbers = {
@@ -194,7 +208,6 @@ def report_run(
     measures: Measures,
     *,
     threads: int,
-    within: str | None,
 ) -> Report:
     """Say what a run did, and what limited it.
 
@@ -202,8 +215,6 @@ def report_run(
     ----------
     threads
         Tasks that could run at once.
-    within
-        What windows were drawn within; unless it is "parts", they may cross the borders of parts.
     """
     planned = sink.plan
     # How an earlier run read what it finished is not known.
@@ -253,8 +264,8 @@ def report_run(
         verb = "has" if len(bare) == 1 else "have"
         way_out = f"{', '.join(bare)} {verb} no checksums" if bare else "--check-reads does"
         facts["reads"] = f"not checked; {way_out}"
-    if matrix.parts is not None and within != "parts":
-        facts["crossings"] = f"{planned.crossings():,} windows cross the border of two parts"
+    if crossings := planned.facts().get("crossings"):
+        facts["crossings"] = crossings
     if watch.nonfinite:
         facts["not finite"] = f"{count_of(watch.nonfinite, 'value')} of the result: NaN or infinite"
     facts["limit"] = f"{limit}; {advice}" if advice else limit

@@ -245,7 +245,7 @@ class Storing:
         each = max(member.task_nbytes(self.output) for member in self.members)
         threads = count_threads(active_client())
         held = sum(member.description.nbytes for member in self.members)
-        what = "one task of store"
+        what = "coordinates" if held else "one task of store"
         return fit_memory(each, self.plan.memory, threads=threads, what=what, held=held, enough=_ENOUGH_NBYTES)
 
     def request(self) -> Request:

@@ -278,7 +278,7 @@ def here(cli, samples, values, tmp_path):
 @pytest.mark.parametrize("out", ["w.npy", "w.zarr", None])
 @pytest.mark.parametrize(("name", "parts"), [("holes", 1), ("complex_holes", 1), ("counts", 0), (None, 0)])
 def test_values_that_are_not_finite_are_counted(cli, here, values, out, name, parts):
-    line = ["run", "A.zarr", "--count", 3000, "--seed", 4, "-q", *(["--apply", f"code_of_mine:{name}"] if name else [])]
+    line = ["run", "A.zarr", "--count", 3000, "--seed", 4, *(["--apply", f"code_of_mine:{name}"] if name else [])]
     said = cli(*line, "--json", *(["--out", out] if out else []))
     starts = pipeline.draw_starts(2000, length=16, count=3000, seed=4)
     first = values[starts]

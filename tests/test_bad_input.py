@@ -294,8 +294,26 @@ REQUESTS = [
     ("A.zarr --memory 8XB", 2, ["'8XB'", "8GB"]),
     ("A.zarr --memory 0", 2, ["'0'", "8GB"]),
     ("A.zarr --memory nan", 2, ["'nan'", "8GB"]),
-    ("A.zarr --memory 1MB", 5, ["needs", "iB", "--memory allows 977 KiB", "--out X.npy or X.zarr"]),
-    ("A.zarr --memory 1MiB", 5, ["10,000 windows needs", "--memory allows 1.00 MiB", "--out X.npy or X.zarr"]),
+    (
+        "A.zarr --memory 1MB",
+        5,
+        ["needs", "24.4 MiB for the array of 10,000", "--memory allows 977 KiB; raise the limit"],
+    ),
+    ("A.zarr --memory 1MiB", 5, ["64.0 MiB to run with", "--memory allows 1.00 MiB; raise the limit"]),
+    (
+        "A.zarr --count 5 --memory 10",
+        5,
+        [
+            "the run needs",
+            "12.5 KiB for the array of 5 windows",
+            "allows 10 B (a number without a unit is bytes; write such as 8GB); raise",
+        ],
+    ),
+    (
+        "A.zarr --count 5 --memory 10 --out X.zarr",
+        5,
+        ["the run needs", "for one task of store", "allows 10 B (a number without a unit"],
+    ),
     ("A.zarr --memory 1MiB --out X.npy", 5, ["one task", "--memory allows 1.00 MiB", "raise"]),
     ("A.zarr --memory 1MiB --out X.zarr", 5, ["one task", "--memory allows 1.00 MiB", "raise"]),
     ("A.zarr --out X.h5", 2, ["'X.h5'", ".zarr or .npy"]),
@@ -649,7 +667,11 @@ def test_a_bad_row_of_an_npy_is_named(cli, here):
 
 
 def test_starts_on_standard_input_that_are_none(cli, here):
-    for text, code, words in [("", 2, "at least one"), ("1 two", 3, "standard input, line 1: 'two' is not"), ("7\n-1", 2, "-1 at line 2 of standard input")]:
+    for text, code, words in [
+        ("", 2, "at least one"),
+        ("1 two", 3, "standard input, line 1: 'two' is not"),
+        ("7\n-1", 2, "-1 at line 2 of standard input"),
+    ]:
         said = cli("plan", "A.zarr", "--starts", "-", stdin=text)
         assert (said.code, said.out) == (code, "")
         assert words in said.err

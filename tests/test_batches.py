@@ -23,6 +23,7 @@ from pipeline import placing, workers
 from pipeline import readahead as module
 from pipeline.epochs import Epochs
 from pipeline.errors import BudgetError, IncompleteError, InputError, IntegrityError
+from pipeline.memory import held_nbytes
 from tests.layouts import LAYOUTS, distinct, open_layout, stack
 
 LENGTH = 7
@@ -396,8 +397,11 @@ class TestReadingAhead:
     def test_what_does_not_fit_is_refused(self, folder, starts):
         matrix = open_layout(folder, "npy")
         tight = pipeline.plan_windows(matrix, starts, length=LENGTH, memory=1)
-        with pytest.raises(BudgetError, match="take a smaller batch_size"):
+        with pytest.raises(BudgetError, match="raise the limit"):
             pipeline.iter_batches(tight, 4)
+        wide = pipeline.plan_windows(matrix, np.zeros(200_000, int), length=200, memory=held_nbytes() + 2**29)
+        with pytest.raises(BudgetError, match="take a smaller batch_size"):
+            pipeline.iter_batches(wide, 200_000)
         plenty = pipeline.plan_windows(matrix, np.zeros(200_000, int), length=200)
         with pytest.raises(BudgetError, match="take a smaller prefetch"):
             pipeline.iter_batches(plenty, 100_000, prefetch=10**6)

@@ -44,7 +44,21 @@ def test_what_a_process_holds_already_does_not_slow_its_runs(monkeypatch):
 
 @pytest.mark.usefixtures("ten_gib")
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(
-        BudgetError, match="a task needs 264 MiB, 0 B held already, a limit allows 263 MiB; raise the limit"
-    ):
-        capacity.fit_memory(200 * MIB, 263 * MIB, threads=2, what="a task")
+    with pytest.raises(BudgetError) as caught:
+        capacity.fit_memory(200 * MIB, 263 * MIB, threads=2, what="one task")
+    assert str(caught.value) == (
+        "not enough memory: the run needs 264 MiB (0 B held already, 64.0 MiB to run with, 200 MiB for one task), "
+        "a limit allows 263 MiB; raise the limit"
+    )
+
+
+@pytest.mark.usefixtures("ten_gib")
+@pytest.mark.parametrize(
+    ("limit", "advice"), [(100, "write it to disk"), (74, "write it to disk"), (73, "raise the limit")]
+)
+def test_only_what_helps_is_advised(limit, advice):
+    """64 MiB to run with and a task of 10 MiB are needed wherever the result goes."""
+    with pytest.raises(BudgetError, match=f"500 MiB for the array, 10.0 MiB for a task.*; {advice}$"):
+        capacity.fit_memory(
+            10 * MIB, limit * MIB, threads=2, what="the array", held=500 * MIB, way_out="write it to disk"
+        )

@@ -286,13 +286,13 @@ def test_a_flip_under_way_names_its_task(tmp_path):
 
 class TestCommand:
     def test_the_report_says_whether_reads_were_checked(self, cli, samples):
-        line = ["run", samples / "A.zarr", "--count", "20", "-q"]
+        line = ["run", samples / "A.zarr", "--count", "20"]
         assert re.search(r"^reads +not checked; --check-reads does$", cli(*line).out, re.MULTILINE)
         assert cli(*line, "--json").numbers["checked_reads"] is False
         assert re.search(r"^reads +checked$", cli(*line, "--check-reads").out, re.MULTILINE)
         numbers = cli(*line, "--check-reads", "--json").numbers
         assert numbers["checked_reads"] is True
-        said = cli("run", samples / "A.npy", "--count", "20", "-q")
+        said = cli("run", samples / "A.npy", "--count", "20")
         assert re.search(r"^reads +not checked; .*A.npy has no checksums$", said.out, re.MULTILINE)
 
     def test_the_plan_counts_what_is_read_to_check(self, cli, samples, monkeypatch):

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import termios
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,9 @@ RUN_NUMBERS = {
 
 
 def test_create_says_it_in_words(cli, samples):
-    said = cli("create", samples / "A.npy", "A.zarr", "-q", "--compress", "zstd")
+    said = cli("create", samples / "A.npy", "A.zarr", "--compress", "zstd")
     facts = columns(said.out)
-    assert (facts["shape"], facts["codecs"], said.err) == ("(2,000, 20)", "bytes + zstd + crc32c", "")
+    assert (facts["shape"], facts["codecs"]) == ("(2,000, 20)", "bytes + zstd + crc32c")
     assert facts["seconds"].count(" ") > 3
 
 
@@ -132,7 +133,7 @@ def test_parts(cli, values, tmp_path):
     starts = zarr.open_group(tmp_path / "P.out.zarr")["starts"][:]
     assert said.numbers["crossings"] == 0
     assert set(starts) == {*range(15), *range(30, 85)}
-    assert "crossings" in columns(cli("run", "P.zarr", "--count", 500, "-q").out)
+    assert "crossings" in columns(cli("run", "P.zarr", "--count", 500).out)
 
 
 def test_info(cli, matrix):
@@ -149,6 +150,7 @@ def test_info(cli, matrix):
         "reader": "direct",
         "files_present": 8,
         "files": 8,
+        "first_problem": None,
         "nbytes": 320_000,
         "nbytes_stored": stored_nbytes(matrix),
         "length": 5,
@@ -170,6 +172,32 @@ def test_info_of_what_others_wrote(cli, values, tmp_path):
     assert (numbers["files_present"], numbers["files"]) == (39, 40)
     # A start in 50 lies so that the window of 16 touches a second chunk in 15.
     assert numbers["window_amplification"] == pytest.approx((35 * 50 + 15 * 100) / 50 / 16)
+
+
+@pytest.mark.parametrize(
+    "form", [{"chunks": (50, 20)}, {"chunks": (10, 20), "shards": (50, 20)}, {"chunks": (50, 10), "zarr_format": 2}]
+)
+def test_info_says_what_to_do_about_absent_files(cli, values, tmp_path, form):
+    zarr.create_array(tmp_path / "A.zarr", data=values, **form)
+    folder = "" if form.get("zarr_format") == 2 else "c/"
+    joint = "/" if folder else "."
+    for number in (3, 7):
+        (tmp_path / f"A.zarr/{folder}{number}{joint}0").unlink()
+    total = 40 * (2 if form["chunks"][1] == 10 else 1)
+    numbers = cli("info", "A.zarr", "--json").numbers
+    assert (numbers["files_present"], numbers["files"]) == (total - 2, total)
+    first = f"{tmp_path}/A.zarr/{folder}3{joint}0 (rows 150 to 199) is absent"
+    assert numbers["first_problem"] == first
+    present = columns(cli("info", "A.zarr").out)["present"]
+    assert f"2 absent; first {first}; restore" in present
+    assert "--missing-chunks fill" in present
+    version = {"zarr_format": form.get("zarr_format", 3)}
+    zarr.create_group(tmp_path / "G.zarr", **version)
+    (tmp_path / "A.zarr").rename(tmp_path / "G.zarr/A")
+    zarr.create_array(tmp_path / "G.zarr/B", data=values, chunks=(50, 20), **version)
+    facts = columns(cli("info", "G.zarr").out)
+    assert f"2 absent; first {first.replace('A.zarr', 'G.zarr/A')}; restore" in facts["A"]
+    assert "absent" not in facts["B"]
 
 
 def test_plan(cli, matrix, tmp_path):
@@ -271,6 +299,86 @@ def test_run_to_zarr(cli, matrix, values, tmp_path, order):
         np.testing.assert_array_equal(group["places"][:], places)
 
 
+QUIET = [
+    "create A.npy X.zarr",
+    "create A.npy X.zarr --dry-run",
+    "info A.zarr",
+    "plan A.zarr --count 5",
+    "run A.zarr --count 5",
+    "run P.zarr --count 500 --out w.npy",
+    "run A.zarr --count 5 --out w.zarr",
+    "verify A.zarr",
+    "verify A.npy --write-manifest A.json",
+    "demo folder",
+    "config",
+]
+
+
+@pytest.mark.parametrize("line", QUIET)
+def test_quiet_says_nothing_but_errors(cli, samples, small_demo, tmp_path, values, line):
+    """Also where a run has something to say; one JSON object is printed where it is asked for."""
+    for name in ("A.npy", "A.zarr"):
+        (tmp_path / name).symlink_to(samples / name)
+    if "P.zarr" in line:
+        np.save(tmp_path / "a.npy", values[:30])
+        pipeline.create_matrix(["a.npy", "a.npy"], "P.zarr")
+    said = cli(*line.split(), "-q")
+    assert (said.code, said.out, said.err) == (0, "", "")
+    again = line.replace("folder", "other").replace("X.zarr", "Y.zarr").replace("w.", "v.").replace("A.json", "B.json")
+    said = cli(*again.split(), "--quiet", "--json")
+    assert (said.code, said.err) == (0, "")
+    assert said.numbers
+    wrong = cli(*line.split(), "-q", "--no-such-option")
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+
+
+def test_quiet_is_tried_for_every_verb():
+    assert {line.split()[0] for line in QUIET} == set(commands.commands) - {"bench"}
+
+
+def test_a_quiet_bench_says_nothing(cli, monkeypatch):
+    run = types.ModuleType("pipeline.bench.run")
+    run.run_bench = lambda *_, say, **__: (say("a line"), ("words", {"a": 1}))[1]
+    monkeypatch.setitem(sys.modules, "pipeline.bench.run", run)
+    said = cli("bench", "-q")
+    assert (said.code, said.out, said.err) == (0, "", "")
+    assert cli("bench", "-q", "--json").numbers == {"a": 1}
+    said = cli("bench")
+    assert (said.out, said.err) == ("words\n", "a line\n")
+
+
+@pytest.mark.parametrize("verb", commands.commands)
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("PIPELINE_WORKRES", "did you mean PIPELINE_WORKERS?"),
+        ("PIPELINE_SCHEDULER_ADDRESS", "sets no option"),
+        ("PIPELINE_OUT", "--out is for the command line alone"),
+        ("PIPELINE_OVERWRITE", "--overwrite is for the command line alone"),
+        ("PIPELINE_DRY_RUN", "--dry-run is for the command line alone"),
+        ("PIPELINE_memory", "did you mean PIPELINE_MEMORY?"),
+        ("PIPELINE_", "sets no option"),
+    ],
+)
+def test_a_variable_that_sets_no_option_is_refused(cli, tmp_path, monkeypatch, verb, name, hint):
+    """By each verb, of which it need not be an option; its value may be a secret."""
+    monkeypatch.setenv(name, "SESAME")
+    line = [verb, *{"create": ["A.npy", "X.zarr"], "demo": ["X"], "bench": ["X"], "config": []}.get(verb, ["A.zarr"])]
+    said = cli(*line)
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert f"the environment variable {name} sets no option" in said.err
+    assert hint in said.err
+    assert "SESAME" not in said.err
+    assert list(tmp_path.iterdir()) == []
+    assert cli(verb, "--help").code == 0
+
+
+def test_variables_of_others_and_of_other_verbs_are_let_be(cli, matrix, monkeypatch):
+    for name in ("PIPELINE_WORKSPACE", "PIPELINE_SHARD_ROWS", "MY_PIPELINE_WORKRES"):
+        monkeypatch.setenv(name, "7")
+    assert cli("info", matrix).code == 0
+
+
 def test_seed(cli, matrix, values, tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         assert cli("run", matrix, "--count", 50, "--seed", seed, "--out", f"{name}.zarr", "-q").code == 0
@@ -302,7 +410,7 @@ def test_overwrite(cli, matrix, values, tmp_path, name):
 
 
 def test_environment(cli, matrix, tmp_path, monkeypatch):
-    for name, value in {"COUNT": "7", "LENGTH": "3", "OUT": "w.npy", "OVERWRITE": "1", "SEED": ""}.items():
+    for name, value in {"COUNT": "7", "LENGTH": "3", "SEED": ""}.items():
         monkeypatch.setenv(f"PIPELINE_{name}", value)
     assert cli("plan", matrix, "--json").numbers["result_shape"] == [7, 3, 20]
     assert cli("plan", matrix, "--json", "--count", 8).numbers["result_shape"] == [8, 3, 20]
@@ -478,8 +586,8 @@ def test_demo(cli, small_demo, tmp_path):
 
 def test_demo_leaves_nothing_without_a_folder(cli, small_demo, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    said = cli("demo", "-q")
-    assert (said.code, said.err) == (0, "")
+    said = cli("demo")
+    assert said.code == 0
     assert columns(said.out)["checked"] == "every value, of both, equal to plain NumPy's"
     # Dask's own folder for what it spills may stay, empty.
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".npy", ".zarr", ".json")]

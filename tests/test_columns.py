@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tracemalloc
 from functools import partial
 
@@ -27,7 +28,7 @@ from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
 VALUES = distinct()
 LENGTH = 7
 STARTS = [200, 3, 3, 40, 44, 111, 204, 0, 9]
-SLICES = st.builds(slice, *(st.none() | st.integers(-7, 7) for _ in range(2)), st.sampled_from([None, 1, 2, -1, -2]))
+SLICES = st.builds(slice, *(st.none() | st.integers(-5, 5) for _ in range(2)), st.sampled_from([None, 1, 2, -1, -2]))
 COLUMNS = (
     st.none()
     | SLICES.filter(lambda cut: len(range(5)[cut]))
@@ -201,6 +202,38 @@ def test_tasks_are_cut_by_what_they_read(wide):
 def test_columns_that_are_none(matrices, columns):
     with pytest.raises(pipeline.InputError, match="columns are"):
         pipeline.plan_windows(matrices["npy"], STARTS, length=LENGTH, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (slice(0, 6), "columns 0:6 lie outside the 5 columns"),
+        (slice(0, 200), "columns 0:200 lie outside"),
+        (slice(-6, None), "columns -6: lie outside"),
+        (slice(None, -6), "columns :-6 lie outside"),
+        (slice(7, 9), "columns 7:9 lie outside"),
+        (slice(0, np.int64(7), 2), "columns 0:7:2 lie outside"),
+        (slice(6, None, -1), "columns 6::-1 lie outside"),
+        (slice(None, -7, -1), "columns :-7:-1 lie outside"),
+        (slice(0, 2**70), "lie outside"),
+    ],
+    ids=str,
+)
+def test_a_slice_is_not_clipped(cli, matrices, layouts, columns, words):
+    """From Python and the command line alike: fewer columns than were asked for would go unnoticed."""
+    with pytest.raises(pipeline.InputError, match=re.escape(words)):
+        pipeline.plan_windows(matrices["npy"], STARTS, length=LENGTH, columns=columns)
+    text = re.search(r"columns (\S+) ", words)
+    if text:
+        said = cli("plan", layouts / "default.zarr", "--length", LENGTH, "--columns", text[1])
+        assert said.code == 2
+        assert words in said.err
+
+
+@pytest.mark.parametrize("columns", [slice(-5, 5), slice(0, 5, 4), slice(4, -6, -1), slice(5, None, -2)], ids=str)
+def test_a_slice_may_reach_to_both_ends(matrices, columns):
+    planned = pipeline.plan_windows(matrices["npy"], list(STARTS), length=LENGTH, columns=columns)
+    np.testing.assert_array_equal(pipeline.gather(planned), stack(chosen(VALUES, columns, None), STARTS, LENGTH))
 
 
 def test_what_has_no_columns_and_what_cannot_be_cast(tmp_path):

@@ -184,7 +184,6 @@ def test_origins_and_secrets_of_all_layers(tmp_path, form):
         "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "7 s",
         "DASK_GATEWAY__AUTH__PASSWORD": "SESAME-5",
         "PIPELINE_MEMORY": "1GB",
-        "PIPELINE_WORKRES": "token=SESAME-6",
         "ZARR_ASYNC__CONCURRENCY": "17",
     }
     command = [sys.executable, "-m", "pipeline", "config", "--threads", "2", *form]
@@ -214,7 +213,6 @@ def test_origins_and_secrets_of_all_layers(tmp_path, form):
         "zarr.async.concurrency": (17, "the environment, ZARR_ASYNC__CONCURRENCY"),
         "memory.budget": ("954 MiB", "PIPELINE_MEMORY"),
         "environment.PIPELINE_MEMORY": ("1GB", "the environment"),
-        "environment.PIPELINE_WORKRES": (HIDDEN, "the environment; no option has this name"),
     }
     assert {name: found.get(name) for name in expected} == expected
 

@@ -622,7 +622,7 @@ def test_the_verbs_take_a_group(samples, cli):
     told = cli("info", path, "--json", "--length", LENGTH).numbers
     assert (told["rows"], set(told["members"])) == (ROWS, set(VALUES))
     assert "4 that share 600 rows" in cli("info", path, "--length", LENGTH).out
-    common = ["--count", 30, "--length", LENGTH, "-q"]
+    common = ["--count", 30, "--length", LENGTH]
     planned = cli("plan", path, *common, "--out", "w.zarr", "--json").numbers
     assert planned["result_shapes"]["codes"] == [30, LENGTH, 5, 3]
     ran = cli("run", path, *common, "--json").numbers
@@ -660,7 +660,7 @@ def test_lines(samples, cli, tmp_path, line, code, words):
     (tmp_path / "apply_me.py").write_text("def last(block):\n    return block[:, -1]\n")
     given = line.format(G=samples / "G.zarr", F=samples / "F.zarr").split()
     more = [] if given[0] == "info" else ["--count", "30", "--length", str(LENGTH)]
-    outcome = cli(*given, *more, "-q")
+    outcome = cli(*given, *more)
     assert outcome.code == code, outcome.err
     assert all(word in outcome.out + outcome.err for word in words), outcome.out + outcome.err
     assert Path("w.zarr").exists() == ("w.zarr" in line and code == 0)

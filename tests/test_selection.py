@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
+import zarr
 
 import pipeline
 
@@ -54,6 +57,47 @@ def test_parts_share_no_row_whatever_the_seed(run, by):
     np.testing.assert_array_equal(
         run("--split", "0.6,0.2,0.2", "--part", 2, "--split-by", by, "--seed", 2, "--count", 500), drawn
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "part"), [("val", "validation"), ("Valid", "validation"), ("tr", "train"), ("te", "test")]
+)
+def test_the_beginning_of_a_parts_name(run, words, part):
+    split = ["--split", "0.6,0.2,0.2", "--count", 50]
+    np.testing.assert_array_equal(run(*split, "--part", words), run(*split, "--part", part))
+
+
+@pytest.mark.parametrize(
+    ("fractions", "part"), [("0.6,0.2,0.2", "t"), ("0.6,0.2,0.2", ""), ("0.6,0.4", "val"), ("0.6,0.2,0.2", "values")]
+)
+def test_what_names_no_part_alone(cli, samples, fractions, part):
+    said = cli("plan", samples / "A.zarr", "--split", fractions, "--part", part)
+    assert said.code == 2
+    assert f"got {part!r}; give one of train" in said.err
+
+
+def test_windows_that_cross_parts(cli, values, tmp_path):
+    """Said wherever windows are listed, with what draws none that do; of one matrix, and of several."""
+    np.save(tmp_path / "a.npy", values[:30])
+    np.save(tmp_path / "b.npy", values[30:100])
+    zarr.create_group("G.zarr")
+    for name in ("x", "y"):
+        pipeline.create_matrix(["a.npy", "b.npy"], f"{name}.zarr")
+        (tmp_path / f"{name}.zarr").rename(tmp_path / "G.zarr" / name)
+    for matrix in ("G.zarr/x", "G.zarr"):
+        for verb in ("plan", "run"):
+            line = [verb, matrix, "--stride", 7]
+            said = cli(*line)
+            assert re.search(
+                r"^crossings +2 windows cross .* --within parts \(within=matrix\.parts\) draws none",
+                said.out,
+                re.MULTILINE,
+            )
+            inside = cli(*line, "--within", "parts")
+            assert inside.code == 0
+            assert "crossings" not in inside.out
+        plan = pipeline.plan_windows(pipeline.open_matrix(matrix), [20], length=16)
+        assert "1 window crosses the border" in repr(plan)
 
 
 def test_the_splits_seed_is_its_own(run):

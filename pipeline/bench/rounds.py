@@ -153,7 +153,7 @@ def run_rounds(
     if _COPIES * scenario.result_nbytes > allowed.nbytes:
         raise BudgetError(
             f"three results fit in memory; one of {scenario.name} takes {format_size(scenario.result_nbytes)}, "
-            f"{allowed.source} allows {format_size(allowed.nbytes)}; give fewer --rows"
+            f"{allowed}; give fewer --rows"
         )
     scores = []
     copied = scenario.job(folder).zarr.exists()
