@@ -75,7 +75,7 @@ Exit codes:
   2 bad input     5 memory or disk            130, 143 interrupted
 
 The environment variable PIPELINE_NAME sets an option, such as PIPELINE_MEMORY=8GB; not so --out, --overwrite, --order,
---dry-run and those that shape the report.
+--dry-run and those that shape the report. One that sets none is an error.
 
 \b
 Completion:
