@@ -316,9 +316,6 @@ def _hindrance(source: Source) -> str | None:
         return "is in Fortran order"
     if not source.stored_dtype.isnative:
         return f"holds {source.stored_dtype.str}"
-    end = source.offset + source.nbytes
-    if source.alone and source.stamp.size != end:
-        return f"has {source.stamp.size} bytes, {source.stamp.size - end} more than its header says"
     return None
 
 

@@ -301,7 +301,7 @@ class _Search:
             self.add([path], box, is_hdf5=False)
 
     def check_ends(self, dataset: Any, mapping: Any, whose: str) -> None:
-        """Refuse a row of numbered sources that ends where one is missing, although there are some behind it."""
+        """Refuse numbered sources that end where one is missing, although there are some behind it."""
         space, shape = mapping.vspace, dataset.shape
         axis = _endless_axis(space)
         if axis is None or _endless_axis(mapping.src_space) is not None:

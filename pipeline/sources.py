@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline import hdf5
+from pipeline import formats, hdf5
 from pipeline.arrays import (
     check_decodable,
     count_nbytes,
@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 RANDOM_ROWS = 1024
 """Rows that one key of the random generator serves; the values depend on it."""
 
-_HDF5_SUFFIXES = {".h5", ".hdf5", ".he5", ".nc"}
-FILE_SUFFIXES = _HDF5_SUFFIXES | {".npy"}
+_HDF5_SUFFIXES = {".h5", ".hdf5", ".he5", ".nc", ".nwb"}
+FILE_SUFFIXES = _HDF5_SUFFIXES | {".npy", ".npz", ".mat"}
 """Of files that are no folder of Zarr."""
-_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-_NPY_MAGIC = b"\x93NUMPY"
 _RANDOM = "random:"
 
 
@@ -282,7 +280,9 @@ def open_source(
     ----------
     source
         ``.npy``; HDF5, also as ``file.h5::dataset``; the folder or URL of a Zarr array, or a `zarr.Array`; any other
-        file is raw binary; ``random:ROWSxCOLS`` is uniform in [0, 1). A sequence of them is stacked by rows.
+        file is raw binary; ``random:ROWSxCOLS`` is uniform in [0, 1). A sequence of them is stacked by rows. What a
+        file holds decides, not its name: archives, netCDF-3 and other formats are named and refused, those that four
+        bytes or more tell also where `dtype` and `row_shape` are given.
     dtype
         Of raw binary, such as ``">f4"``; of random numbers float64 (the default) or float32.
     row_shape
@@ -304,9 +304,11 @@ def open_source(
     InputError
         If an argument does not fit the source, the array has no numbers or no rows, or parts differ.
     NotFoundError
-        If a file or data set is not there.
+        If a file or data set is not there, or one that HDF5 takes values from.
     OpenError
-        If a file cannot be opened or is cut off, or holds pickles.
+        If a file cannot be opened or is cut off, holds pickles, or more than one array.
+    IntegrityError
+        If a file that HDF5 takes values from is too short, or its data set too small.
 
     Examples
     --------
@@ -402,14 +404,23 @@ def _open_path(path: Path, name: str | None, options: _Options) -> Source:
     if path.exists() and not path.is_file():
         raise OpenError(f"a source must be a file or a folder; {path} is neither; copy it to a file")
     with path.open("rb") as file:
-        magic = file.read(len(_HDF5_MAGIC))
-    if magic == _HDF5_MAGIC or path.suffix.lower() in _HDF5_SUFFIXES:
+        is_npy, user_block, foreign = formats.is_npy(file), formats.find_hdf5(file), formats.recognize(file)
+    # An archive of an HDF5 file has a superblock where a user block would end.
+    if foreign is not None and foreign.is_sure:
+        raise _foreign(path, foreign)
+    if not is_npy and (user_block is not None or path.suffix.lower() in _HDF5_SUFFIXES):
         return _open_hdf5(path, name, options)
     if name is not None:
         raise InputError(f"FILE::NAME is for HDF5; {path} is not HDF5; leave ::{name} out")
-    if magic.startswith(_NPY_MAGIC) or path.suffix.lower() == ".npy":
+    if is_npy or path.suffix.lower() == ".npy":
         return _open_npy(path, options)
+    if foreign is not None and (options.dtype is None or options.row_shape is None):
+        raise _foreign(path, foreign)
     return _open_raw(path, options)
+
+
+def _foreign(path: Path, foreign: formats.Format) -> OpenError:
+    return OpenError(f"{path} is {foreign.name}, which holds more than plain numbers; {foreign.way_out}")
 
 
 def _open_npy(path: Path, options: _Options) -> FileSource:
@@ -535,11 +546,16 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], axis: 
 
 
 def _check_size(source: FileSource) -> None:
-    needed = source.offset + source.nbytes
-    if source.stamp.size < needed:
+    path, size, end = source.stamp.path, source.stamp.size, source.offset + source.nbytes
+    if size < end:
+        raise OpenError(f"a file must be as long as its header says; {path} has {size} of {end} bytes; copy it again")
+    if source.alone and size > end:
+        with path.open("rb") as file:
+            file.seek(end)
+            what = "a second array" if file.read(len(formats.NPY_MAGIC)) == formats.NPY_MAGIC else "something else"
         raise OpenError(
-            f"a file must be as long as its header says; {source.stamp.path} has {source.stamp.size} of {needed} "
-            f"bytes; copy it again"
+            f"{path} has {size} bytes, {size - end} more than its header says: behind its array there is {what}; save "
+            "each array in a file of its own"
         )
 
 

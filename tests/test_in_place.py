@@ -342,14 +342,6 @@ def big_endian_hdf5(folder):
     return f"{folder / 'A.h5'}::group/test"
 
 
-def longer(folder):
-    """A second array behind the first, as `numpy.save` writes into an open file."""
-    with (folder / "A.npy").open("wb") as file:
-        np.save(file, distinct())
-        np.save(file, distinct())
-    return folder / "A.npy"
-
-
 def one_fortran_part(folder):
     np.save(folder / "B.npy", distinct())
     return [folder / "B.npy", fortran(folder)]
@@ -371,7 +363,6 @@ def zarr_part(folder):
         (never_written, r"A\.h5 is an HDF5 data set that only h5py"),
         (virtual, r"A\.h5 is an HDF5 data set that only h5py"),
         (big_endian_hdf5, r"A\.h5::group/test holds >f8"),
-        (longer, r"A\.npy has 50896 bytes, 25448 more"),
         (one_fortran_part, r"A\.npy is in Fortran order"),
         (zarr_part, r"A\.zarr is a Zarr array"),
     ],

@@ -55,7 +55,7 @@ LAYERS = [
     "chunks",
     "fetching identity journal manifest notice npy sharing stores",
     "credentials files locations markup memory preads record rowfiles",
-    "errors exits pages signals sizes",
+    "errors formats exits pages signals sizes",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
 
