@@ -231,18 +231,32 @@ def read_present(array: zarr.Array[Any], selection: tuple[slice, ...], *, checke
     block = np.asarray(array[selection])
     if checked or not may_lack_chunks(array):
         return block
-    inner: Any = array.async_array
-    fill: Any = array.metadata.dtype.cast_scalar(0)
-    if np.asarray(array.fill_value).tobytes() == np.asarray(fill).tobytes():
-        fill = array.metadata.dtype.cast_scalar(1)
-    twin = copy(inner)
-    object.__setattr__(twin, "metadata", replace(inner.metadata, fill_value=fill))
-    if np.asarray(type(array)(twin)[selection]).tobytes() != block.tobytes():
+    if _read_otherwise_filled(array, selection).tobytes() != block.tobytes():
         raise IntegrityError(
             f"every chunk is there; a shard of {array.store_path} leaves some out at {selection}; write it with "
             "write_empty_chunks=True"
         )
     return block
+
+
+def read_filled(array: zarr.Array[Any], selection: tuple[slice, ...]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Read part of an array of `reading_config` with `fills`, and tell which of its values are in absent chunks."""
+    block = np.ascontiguousarray(array[selection])
+    other = np.ascontiguousarray(_read_otherwise_filled(array, selection))
+    size = block.dtype.itemsize
+    differ = block.reshape(-1).view(np.uint8) != other.reshape(-1).view(np.uint8)
+    return block, differ.reshape(-1, size).any(axis=1).reshape(block.shape)
+
+
+def _read_otherwise_filled(array: zarr.Array[Any], selection: tuple[slice, ...]) -> NDArray[Any]:
+    """Read part of an array, whatever is absent having another value than its fill value."""
+    inner: Any = array.async_array
+    fill: Any = array.metadata.dtype.cast_scalar(0)
+    if np.asarray(array.fill_value).tobytes() == np.asarray(fill).tobytes() or array.fill_value is None:
+        fill = array.metadata.dtype.cast_scalar(1)
+    twin = copy(inner)
+    object.__setattr__(twin, "metadata", replace(inner.metadata, fill_value=fill))
+    return np.asarray(type(array)(twin)[selection])
 
 
 def local_folder(array: zarr.Array[Any]) -> Path | None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import hashlib
 import json
-import math
 import re
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.arrays import locate_array, open_array, open_stored, read_present, reading_config
+from pipeline.arrays import locate_array, open_array, open_stored, read_filled, read_present, reading_config
+from pipeline.conventions import Labels, encode_fill
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError
 from pipeline.journal import digest_array
+from pipeline.layout import array_files
 from pipeline.locations import plain, say_failure
 from pipeline.memory import budget, held_nbytes
 from pipeline.record import ATTRIBUTE
-from pipeline.sizes import format_size
+from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     import zarr
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 
     from pipeline.locations import Location
 
-_SCALING = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_range", "_Unsigned")
-"""Attributes of the CF conventions by which a reader makes other values of those that are stored."""
 ARRAY_NAME = re.compile(r"(?!__|zarr\.json$)[^./\\\x00-\x1f\ud800-\udfff][^/\\\x00-\x1f\ud800-\udfff]{0,199}")
 """What an array may be called in a Zarr group on the usual file systems."""
 _OWN_DIMENSION = re.compile(r"(?:.*_)?(?:column|result)_\d+")
@@ -48,6 +44,8 @@ class Coordinate(NamedTuple):
     name: str
     values: NDArray[Any]
     attributes: dict[str, Any]
+    filled: int = 0
+    """Of its values, those in absent chunks, which read as its fill value."""
 
     @property
     def digest(self) -> str:
@@ -83,10 +81,6 @@ class Description:
         """Names of its coordinates."""
         return [each.name for each in self.coordinates]
 
-    def of_rows(self) -> Description:
-        """What is left of it where values were made into others: what is known of the rows."""
-        return Description({}, (), self.rows)
-
     def facts(self) -> dict[str, str]:
         """What decides the bytes of a result, by name; empty where nothing travels."""
         facts = {}
@@ -100,37 +94,25 @@ class Description:
 NOTHING = Description({}, ())
 
 
-def say_scaling(array: zarr.Array[Any]) -> str:
-    """Name the attributes by which other readers would change values; empty where there are none."""
-    given = array.attrs.asdict()
-    if _is_nan(given.get("_FillValue"), array):
-        # xarray writes it to every array of floats; it changes nothing.
-        del given["_FillValue"]
-    found = [f"{name} {_shorten(given[name])}" for name in _SCALING if name in given]
-    return f"{', '.join(found)}: not applied, values are as stored" if found else ""
-
-
-def _is_nan(value: Any, array: zarr.Array[Any]) -> bool:
-    if isinstance(value, str) and value != "NaN" and array.dtype.kind == "f":
-        # As xarray writes values of Zarr v3: little-endian float64, in base64.
-        with contextlib.suppress(ValueError, struct.error):
-            [value] = struct.unpack("<d", base64.b64decode(value))
-    return value == "NaN" or (isinstance(value, float) and math.isnan(value))
-
-
-def _shorten(value: Any) -> str:
-    words = " ".join(json.dumps(value).split())
-    return words if len(words) <= 40 else f"{words[:37]}..."
+def array_labels(array: zarr.Array[Any]) -> Labels:
+    """What is said of an array, as for a copy in Zarr v3, where xarray reads the same values of it."""
+    return Labels(user_attributes(array), dimension_names(array))
 
 
 def user_attributes(array: zarr.Array[Any]) -> dict[str, Any]:
     """Attributes of an array, but for those that would be wrong of a copy in Zarr v3."""
-    attributes = {name: value for name, value in array.attrs.asdict().items() if name not in _OURS}
-    fill = attributes.get("_FillValue")
-    if array.metadata.zarr_format == 2 and array.dtype.kind == "f" and isinstance(fill, int | float):
-        # A number there, which xarray takes for base64 here.
-        attributes["_FillValue"] = base64.b64encode(struct.pack("<d", fill)).decode()
-    return attributes
+    given = array.attrs.asdict()
+    attributes = {name: value for name, value in given.items() if name not in _OURS}
+    if array.metadata.zarr_format == 3:
+        return attributes
+    # What NCZarr keeps for itself; xarray hides it, in this format only.
+    attributes = {name: value for name, value in attributes.items() if not name.lower().startswith("_nc")}
+    fill = attributes.pop("_FillValue", None)
+    if _DIMENSIONS in given and array.fill_value is not None:
+        # xarray takes the array's own for it. Without names of dimensions it reads no such array.
+        fill = array.fill_value
+    encoded = encode_fill(fill, np.dtype(array.dtype))
+    return attributes if encoded is None else attributes | {"_FillValue": encoded}
 
 
 def dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...]:
@@ -141,31 +123,33 @@ def dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...]:
     return tuple(name if isinstance(name, str) and name else None for name in names)
 
 
-def describe(array: zarr.Array[Any], *, columns: Any, casts: bool, memory: int | None = None) -> Description:
+def describe(labels: Labels, array: zarr.Array[Any] | None, *, columns: Any, memory: int | None = None) -> Description:
     """Tell what travels into a result, and read the coordinates: arrays beside `array` that are named as a dimension.
 
     Parameters
     ----------
+    labels
+        Of the values as they are delivered.
+    array
+        The matrix; None where files are read in place, of which coordinates do not travel.
     columns
         Index of the first axis of a row; None for all of it.
-    casts
-        Whether values get another dtype: `_FillValue` is a value of the old one.
     memory
         Limit in bytes that the user set.
 
     Raises
     ------
     IntegrityError
-        If a coordinate has an absent or corrupt chunk.
+        If a coordinate has a corrupt chunk, or an absent one; see `Coordinate.filled`.
     BudgetError
         If it does not fit in memory.
     """
-    attributes = user_attributes(array)
-    if casts:
-        attributes.pop("_FillValue", None)
-    first, *others = dimension_names(array)
+    first, *others = labels.names
     names = tuple(name if name and _may_keep(name) and others.count(name) == 1 else None for name in others)
-    found = Description(attributes, names, _read_coordinate(array, first, 0, memory))
+    found = Description(labels.attributes, names)
+    if array is None:
+        return found
+    found = replace(found, rows=_read_coordinate(array, first, 0, memory))
     for axis, name in enumerate(names, start=1):
         beside = None if name == first else _read_coordinate(array, name, axis, memory)
         if beside is not None:
@@ -206,18 +190,45 @@ def _read_coordinate(array: zarr.Array[Any], name: str | None, axis: int, memory
             f"coordinates fit in memory; {where} takes {format_size(beside.nbytes)}, {allowed}"
             f"; raise the limit, or take it away from there"
         )
+    values, filled = _read_values(beside, where, fills=array.async_array.config.read_missing_chunks)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return Coordinate(name, values, user_attributes(beside), filled)
+
+
+def _read_values(array: zarr.Array[Any], where: str, *, fills: bool) -> tuple[NDArray[Any], int]:
+    """Read a coordinate, and count its values in absent chunks.
+
+    Writers leave out a chunk that equals the fill value, as that of `level = [0]`; but a chunk may be lost, too. It is
+    taken for the former where the user allows that, or where the values are then in order, each once.
+    """
+    import zarr
+
+    way_out = "restore it, or allow absent chunks with --missing-chunks fill (missing_chunks=)"
     try:
-        values = np.ascontiguousarray(
-            read_present(reading_config(beside, fills=array.async_array.config.read_missing_chunks), (slice(None),))
-        )
-    except IntegrityError:
-        raise
+        try:
+            return np.ascontiguousarray(read_present(reading_config(array), (slice(None),))), 0
+        except (IntegrityError, zarr.errors.ChunkNotFoundError):
+            block, absent = read_filled(reading_config(array, fills=True), (slice(None),))
     except Exception as error:  # noqa: BLE001 (zarr, its codecs and stores raise what they like)
-        raise IntegrityError(
-            f"every chunk is there, and whole; {where} cannot be read: {say_failure(error)[:200]}; restore it, or "
-            "allow absent chunks with --missing-chunks fill (missing_chunks=)"
-        ) from plain(error)
-    return Coordinate(name, values.astype(values.dtype.newbyteorder("="), copy=False), user_attributes(beside))
+        raise IntegrityError(f"{where} cannot be read: {say_failure(error)[:200]}; {way_out}") from plain(error)
+    files = replace(array_files(array), fills=True)
+    problem = files.find_problem(np.arange(files.grid[0]))
+    if problem is not None:
+        raise IntegrityError(f"{where} cannot be read: {problem.name} {problem.words}; restore it")
+    filled = int(absent.sum())
+    if fills or (array.metadata.fill_value is not None and _is_strict(block)):
+        return np.ascontiguousarray(block), filled
+    reason = "has no fill value"
+    if array.metadata.fill_value is not None:
+        reason = f"is not strictly monotonic with the fill value {array.fill_value} in their place"
+    raise IntegrityError(
+        f"{where} lacks chunks ({filled:,} of {count_of(len(block), 'value')}) and {reason}; {way_out}"
+    )
+
+
+def _is_strict(values: NDArray[Any]) -> bool:
+    """Whether values ascend or descend, none of them twice and none NaN; or there is only one."""
+    return len(values) == 1 or bool((values[1:] > values[:-1]).all() or (values[1:] < values[:-1]).all())
 
 
 def _open(place: Location) -> zarr.Array[Any]:

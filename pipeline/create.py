@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arrays import locate_array
-from pipeline.attributes import Description, dimension_names, user_attributes
+from pipeline.attributes import Description
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
 from pipeline.encoding import slab_nbytes
 from pipeline.errors import InputError
@@ -27,7 +27,7 @@ from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.sights import source_sights
 from pipeline.sizes import count_of, format_size
-from pipeline.sources import Source, ZarrSource, open_source
+from pipeline.sources import Source, open_source
 from pipeline.stamps import stamp_source
 from pipeline.tasks import Receipt, name_tasks
 from pipeline.workers import survey_workers
@@ -155,12 +155,8 @@ class Creation:
     @property
     def _told(self) -> Description:
         """Attributes and names of dimensions that the matrix takes from its source, its rows' name the first."""
-        if not isinstance(self.source, ZarrSource):
-            return Description({}, (None,) * len(self.source.shape))
-        names = list(dimension_names(self.source.array))
-        names.insert(0, names.pop(self.source.axis))
-        distinct = tuple(name if names.count(name) == 1 else None for name in names)
-        return Description(user_attributes(self.source.array), distinct)
+        attributes, names = self.source.labels
+        return Description(attributes, tuple(name if names.count(name) == 1 else None for name in names))
 
     def _open(self) -> Matrix:
         """Open what was made, under the name that was given."""

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import zlib
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,12 +32,15 @@ import numpy as np
 
 from pipeline.errors import IncompleteError, InputError, IntegrityError, NotFoundError, OpenError, PipelineError
 from pipeline.files import FileStamp, check_rows
+from pipeline.netcdf import read_labels
 from pipeline.references import Reference, find_references, hold, open_hdf5
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from pipeline.conventions import Labels
 
 _DEFLATE, _SHUFFLE, _FLETCHER32, _BLOSC, _ZSTD = 1, 2, 3, 32001, 32015
 """Registered identifiers of the filters that are decoded here."""
@@ -71,6 +74,7 @@ class Hdf5Dataset:
     """(identifier, first parameter) in the order of writing; None if only h5py can read the data set."""
     nbytes: int
     """Bytes that the data take in the file."""
+    labels: Labels = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,11 @@ class Hdf5Source:
     def nbytes(self) -> int:
         """Bytes that the data take in the file."""
         return self.data.nbytes
+
+    @property
+    def labels(self) -> Labels:
+        """What the file says beside the values; the name of the rows is the first."""
+        return self.data.labels.first(self.axis)
 
     def read_rows(self, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop); each chunk is read and decoded once.
@@ -258,6 +267,7 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
             chunks=dataset.chunks,
             filters=tuple((f[0], f[2][0] if f[2] else 0) for f in filters) if known else None,
             nbytes=dataset.id.get_storage_size(),
+            labels=read_labels(dataset),
         )
 
 

@@ -77,6 +77,8 @@ class MatrixGroup:
             shape = ", ".join(f"{size:,}" for size in each.shape)
             chunks = each.facts()["chunks"]
             facts[name] = f"({shape}) {each.dtype.name}, {format_size(each.nbytes)}; chunks {chunks}"
+            if each.scaling:
+                facts[name] += f"; {each.scaling}"
         if self.parts is not None:
             facts["parts"] = f"{len(self.parts)}"
         return facts

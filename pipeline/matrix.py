@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.arrays import locate_array, open_folder, open_root, reading_config, refuse_group
-from pipeline.attributes import say_scaling
+from pipeline.attributes import array_labels
+from pipeline.conventions import say_scaling
 from pipeline.errors import InputError, OpenError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import DTypeLike, NDArray
 
+    from pipeline.conventions import Labels
     from pipeline.sources import Source
 
 _MOST_NAMED = 4
@@ -62,6 +64,8 @@ class Matrix:
     """(m, 2), [first, stop) rows of each source that was stacked; None where there was one."""
     array: zarr.Array[Any] | None
     """None where files are read in place."""
+    labels: Labels
+    """What is said of it beside its values; the name of the rows is the first."""
 
     @property
     def rows(self) -> int:
@@ -91,7 +95,7 @@ class Matrix:
     @property
     def scaling(self) -> str:
         """Attributes of the CF conventions that would change the values, and are not applied; empty: there are none."""
-        return "" if self.array is None else say_scaling(self.array)
+        return say_scaling(self.labels.attributes, self.dtype)
 
     def check_length(self, length: int) -> int:
         """Return `length` as an int, or raise InputError where no window of it fits."""
@@ -265,7 +269,8 @@ def _open_zarr(array: zarr.Array[Any], path: str, *, fills: bool) -> Matrix:
         layout = read_layout(array)
     except NotImplementedError as error:
         raise InputError(f"a matrix has chunks of one size; those of {path} vary; make one of it first") from error
-    return Matrix(path, array.shape, dtype.newbyteorder("="), layout, _parts(array, path), array)
+    parts = _parts(array, path)
+    return Matrix(path, array.shape, dtype.newbyteorder("="), layout, parts, array, array_labels(array))
 
 
 def _open_in_place(source: str | Path | Sequence[str | Path], **options: Any) -> Matrix:
@@ -298,7 +303,7 @@ def _open_in_place(source: str | Path | Sequence[str | Path], **options: Any) ->
         files=plain,
     )
     parts = opened.parts if isinstance(opened, StackedSource) else None
-    return Matrix(_shorten(names), opened.shape, dtype, layout, parts, None)
+    return Matrix(_shorten(names), opened.shape, dtype, layout, parts, None, opened.labels)
 
 
 def _shorten(names: list[str]) -> str:

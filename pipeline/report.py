@@ -62,6 +62,8 @@ class Watch:
     """Times that a task was run again, after a failure that may pass."""
     longest_seconds: float = 0.0
     """Of the task that took longest."""
+    filled: list[str] = field(default_factory=list)
+    """Coordinates of which chunks were absent, and read as the fill value."""
     started: float = field(default_factory=time.perf_counter)
     last: float | None = None
     """When a task of this run was done last."""
@@ -182,6 +184,7 @@ class Run(Watch):
             "tasks_kept": self.kept_tasks,
             "retries": self.retries,
             "nonfinite": self.nonfinite,
+            "filled_coordinates": self.filled,
             "threads": self.threads,
             **{f"{stage}_seconds": getattr(self, f"{stage}_seconds") for stage in STAGES},
             "shares": share_seconds(self),
@@ -273,6 +276,8 @@ class Report:
         again = f", {numbers['retries']:,} run again" if numbers["retries"] else ""
         kept = sum(run.kept_tasks for run in self.runs)
         facts["tasks"] = f"{numbers['tasks']:,}{again}" + (f", {kept:,} finished before" if kept else "")
+        if filled := list(dict.fromkeys(name for run in self.runs for name in run.filled)):
+            facts["filled"] = say_filled(filled)
         limit, advice = longest.limit()
         [name] = [name for name, run in self.named().items() if run is longest]
         facts["limit" if len(self.runs) == 1 else f"limit of {name}"] = f"{limit}; {advice}" if advice else limit
@@ -373,6 +378,11 @@ def _say_run(run: Run) -> str:
     shares = ", ".join(f"{stage} {value / whole:.0%}" for stage, value in stages.items() if value > whole / 200)
     rate = f"{own / run.seconds / 1e6:,.0f} MB/s"
     return f"{format_size(own)} in {run.seconds:.2f} s, {rate}; {count_of(run.threads, 'thread')}: {shares}"
+
+
+def say_filled(names: Sequence[str]) -> str:
+    """Say which coordinates lack chunks."""
+    return f"absent chunks of {', '.join(names)} (coordinates) are read as the fill value"
 
 
 def share_seconds(watch: Watch) -> dict[str, float]:

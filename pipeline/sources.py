@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,8 @@ from pipeline.arrays import (
     read_present,
     reading_config,
 )
+from pipeline.attributes import array_labels
+from pipeline.conventions import Labels, common_labels, decoding
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.files import FileStamp, check_rows, read_runs
 from pipeline.locations import Url, is_store_failure, locate, name_store, plain, say_failure, store_error
@@ -58,6 +60,10 @@ class Source(Protocol):
     def nbytes(self) -> int:
         """Bytes that the data take where they are stored."""
 
+    @property
+    def labels(self) -> Labels:
+        """What is said beside the values; the name of the rows is the first."""
+
     def read_rows(self, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) as an array of the caller's own, not always in C order.
 
@@ -87,6 +93,8 @@ class FileSource:
     """Axis of `stored_shape` that holds the rows; not negative."""
     alone: bool
     """The file should end where the numbers do."""
+    stored_labels: Labels | None = field(default=None, compare=False)
+    """What the file says beside the numbers; None where it has no place for that."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,6 +115,11 @@ class FileSource:
     def nbytes(self) -> int:
         """Bytes of the numbers."""
         return math.prod(self.stored_shape) * self.stored_dtype.itemsize
+
+    @property
+    def labels(self) -> Labels:
+        """What the file says; see `Source.labels`."""
+        return _no_labels(self.shape) if self.stored_labels is None else self.stored_labels.first(self.axis)
 
     def read_rows(self, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop), read rather than mapped: a file that was cut is then an error, not the signal SIGBUS."""
@@ -155,6 +168,11 @@ class ZarrSource:
         """Native byte order."""
         return np.dtype(self.array.dtype).newbyteorder("=")
 
+    @property
+    def labels(self) -> Labels:
+        """What the array says; see `Source.labels`."""
+        return array_labels(self.array).first(self.axis)
+
     def read_rows(self, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop); a chunk that is absent is an error, not zeros."""
         check_rows(start, stop, self.shape[0])
@@ -199,6 +217,11 @@ class RandomSource:
         """0: nothing is stored."""
         return 0
 
+    @property
+    def labels(self) -> Labels:
+        """Nothing is said of it."""
+        return _no_labels(self.shape)
+
     def read_rows(self, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop), drawn straight into the result."""
         check_rows(start, stop, self.shape[0])
@@ -242,6 +265,11 @@ class StackedSource:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(source.nbytes for source in self.sources)
+
+    @property
+    def labels(self) -> Labels:
+        """What all parts say alike."""
+        return common_labels([source.labels for source in self.sources])
 
     @property
     def parts(self) -> NDArray[np.int64]:
@@ -302,7 +330,8 @@ def open_source(
     Raises
     ------
     InputError
-        If an argument does not fit the source, the array has no numbers or no rows, or parts differ.
+        If an argument does not fit the source, the array has no numbers or no rows, or parts differ: in their shape,
+        dtype, or scaling.
     NotFoundError
         If a file or data set is not there, or one that HDF5 takes values from.
     OpenError
@@ -321,7 +350,8 @@ def open_source(
     if not source:
         raise InputError("a source must have at least one part; got an empty list; name a file")
     sources = tuple(_open_one(part, options) for part in source)
-    for part, opened in zip(source, sources, strict=True):
+    meanings = [decoding(each.labels.attributes, each.dtype) for each in sources]
+    for part, opened, meaning in zip(source, sources, meanings, strict=True):
         for what, first, other in (
             ("row shape", sources[0].shape[1:], opened.shape[1:]),
             ("dtype", sources[0].dtype, opened.dtype),
@@ -331,6 +361,11 @@ def open_source(
                     f"parts must agree in row shape and dtype; {_name(source[0])} has {what} {first}, {_name(part)} "
                     f"has {what} {other}; convert one of them"
                 )
+        for name in sorted(meaning.items() ^ meanings[0].items()):
+            raise InputError(
+                f"{_name(part)} has {name[0]} {meaning.get(name[0], 'not')}, {_name(source[0])} "
+                f"{meanings[0].get(name[0], 'not')}: their numbers mean different values; convert one of them"
+            )
     return StackedSource(sources)
 
 
@@ -479,7 +514,16 @@ def _open_hdf5(path: Path, name: str | None, options: _Options) -> FileSource | 
     axis = _check_array(f"{path}::{data.name}", data.shape, data.dtype, options.axis)
     if data.offset is None:
         return hdf5.Hdf5Source(data, axis)
-    source = FileSource(data.stamp, data.offset, data.shape, data.dtype, fortran=False, axis=axis, alone=False)
+    source = FileSource(
+        data.stamp,
+        data.offset,
+        data.shape,
+        data.dtype,
+        fortran=False,
+        axis=axis,
+        alone=False,
+        stored_labels=data.labels,
+    )
     _check_size(source)
     return source
 
@@ -569,6 +613,10 @@ def split_name(text: str) -> tuple[Path, str | None]:
     """
     path, colons, name = text.rpartition("::")
     return (Path(path), name) if colons and path and name and not Path(text).exists() else (Path(text), None)
+
+
+def _no_labels(shape: tuple[int, ...]) -> Labels:
+    return Labels({}, (None,) * len(shape))
 
 
 def _put_first(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

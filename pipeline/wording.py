@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.locations import Url
-from pipeline.report import STAGES, name_limit, share_seconds
+from pipeline.report import STAGES, name_limit, say_filled, share_seconds
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ def report_run(
         "checked_reads": checked,
         "crossings": planned.crossings(),
         "nonfinite": watch.nonfinite,
+        "filled_coordinates": watch.filled,
         **_tasks(watch),
         **_seconds(watch, measures),
         "shares": shares,
@@ -268,6 +269,8 @@ def report_run(
         facts["crossings"] = crossings
     if watch.nonfinite:
         facts["not finite"] = f"{count_of(watch.nonfinite, 'value')} of the result: NaN or infinite"
+    if watch.filled:
+        facts["filled"] = say_filled(watch.filled)
     facts["limit"] = f"{limit}; {advice}" if advice else limit
     facts["shares"] = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
     return facts | _resumed(watch) | _run_facts(numbers), numbers

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
 from pipeline.columns import window_rows
+from pipeline.conventions import Labels, cast_attributes
 from pipeline.errors import InputError
 from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
@@ -110,10 +111,12 @@ def store(
         with order `chunk` also `places` (n,) int64. Of a `GroupPlan` there is an array for each of its members, by
         its name, in place of `windows`.
 
-        Attributes of the matrix travel with it, and the names of its columns' dimensions. Of a matrix in a Zarr group
-        so do its coordinates, arrays of numbers beside it that are named as one of its dimensions: that of the rows as
-        (n, length), those of columns as they were chosen. Not so the coordinates and names of several matrices, whose
-        own would clash.
+        Attributes of the matrix travel with it, and the names of its columns' dimensions; `_FillValue` and
+        `missing_value` are cast as values are, so that xarray masks in windows what it masks in rows. Of a matrix in a
+        Zarr group so do its coordinates, arrays of numbers beside it that are named as one of its dimensions: that of
+        the rows as (n, length), those of columns as they were chosen. Absent chunks of a coordinate are its fill value
+        where it is then strictly monotonic, or one value; a `Report` names it. Not so the coordinates and names of
+        several matrices, whose own would clash.
 
     Raises
     ------
@@ -159,15 +162,18 @@ class Member:
     def prepare(cls, name: str, plan: Plan, apply: Apply | None, *, alone: bool) -> Self:
         """Look at the matrix's files and at what lies beside them, and probe `apply`."""
         stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
-        found = NOTHING
-        if plan.matrix.array is not None:
-            array, casts = plan.matrix.array, plan.selection.casts
-            found = describe(array, columns=plan.columns, casts=casts, memory=plan.memory)
+        labels, selection = plan.matrix.labels, plan.selection
+        if selection.casts:
+            cast = cast_attributes(labels.attributes, selection.stored_dtype, selection.dtype)
+            labels = labels._replace(attributes=cast)
         if apply is not None:
-            found = found.of_rows()
-        if not alone:
+            # Of values that are others, what is known of the rows is left.
+            labels = Labels({}, labels.names[:1])
+        if alone:
+            found = describe(labels, plan.matrix.array, columns=plan.columns, memory=plan.memory)
+        else:
             # Arrays of a group would each have coordinates of their own, of the same names.
-            found = Description(found.attributes, ())
+            found = Description(labels.attributes, ())
         return cls(name, plan, prepare_work(plan, apply), stamp, found)
 
     @property
@@ -274,6 +280,7 @@ class Storing:
             for member in self.members:
                 check_apply_travels(member.work, in_process=in_process)
         request = self.request()
+        watch.filled = [each.name for member in self.members for each in member.description.coordinates if each.filled]
         if not (self.resume and self.output.is_finished(request)):
             cut = self.members[0].plan.task_windows
             with self.output.stage(request, cut=cut, nbytes=self.nbytes, **given) as stage:

@@ -50,11 +50,11 @@ LAYERS = [
     "attributes inspection intervals",
     "storage",
     "arrays hdf5 layout ledger",
-    "buckets references",
+    "buckets references netcdf",
     "keys",
     "chunks",
     "fetching identity journal manifest notice npy sharing stores",
-    "credentials files locations markup memory preads record rowfiles",
+    "conventions credentials files locations markup memory preads record rowfiles",
     "errors formats exits pages signals sizes",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
