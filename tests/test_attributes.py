@@ -22,7 +22,7 @@ ENCODINGS = {
     "i2-only-scale": {"dtype": "i2", "_FillValue": -1, "scale_factor": 0.5},
     "u1": {"dtype": "u1", "_FillValue": 255},
     "u1-as-i1": {"dtype": "i1", "_FillValue": -1, "_Unsigned": "true"},
-    "i4-missing-value": {"dtype": "i4", "missing_value": -7, "_FillValue": -7},
+    "i4-missing-value": {"dtype": "i4", "missing_value": -777, "_FillValue": -777},
     "i8": {"dtype": "i8", "_FillValue": -(2**40)},
     "f4": {"dtype": "f4", "_FillValue": -9999.1},
     "f4-scaled": {"dtype": "f4", "scale_factor": 0.5, "add_offset": 1.0},
