@@ -32,6 +32,7 @@ from pipeline.options import (
     memory_option,
     option,
     overwrite_option,
+    progress_option,
     report_option,
     request,
     resume_option,
@@ -230,6 +231,7 @@ def cli(context: click.Context) -> None:
 @overwrite_option
 @report_option
 @connecting
+@progress_option
 @common
 def create(
     sources: tuple[str, ...],
@@ -241,6 +243,7 @@ def create(
     overwrite: bool,
     report: str | None,
     where: dict[str, Any],
+    progress: bool | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -278,7 +281,7 @@ def create(
         _connected(where, quiet=quiet, verbose=verbose, report=report, apart=apart) as link,
     ):
         started = time.perf_counter()
-        with _shown("rows", quiet=quiet) as watch:
+        with _shown("rows", quiet=quiet, progress=progress) as watch:
             matrix = creation.run(watch)
         ended = time.perf_counter()
     measures = Measures(begin, ready, started, ended, peak.nbytes, link)
@@ -344,8 +347,16 @@ def plan(*, as_json: bool, quiet: bool, **arguments: Any) -> None:
 @request
 @report_option
 @connecting
+@progress_option
 def run(
-    *, where: dict[str, Any], report: str | None, as_json: bool, quiet: bool, verbose: bool, **arguments: Any
+    *,
+    where: dict[str, Any],
+    report: str | None,
+    progress: bool | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **arguments: Any,
 ) -> None:
     """Read windows into an array, an .npy or Zarr.
 
@@ -368,7 +379,7 @@ def run(
     ):
         started = time.perf_counter()
         threads = count_threads(active_client())
-        with _shown("windows", quiet=quiet) as watch:
+        with _shown("windows", quiet=quiet, progress=progress) as watch:
             for line in say_scaling(matrix):
                 watch.say(line)
             sink.run(watch)
@@ -391,6 +402,7 @@ def run(
 @click.option("--write-manifest", metavar="FILE", help="Record size and crc32 of every file; compare nothing.")
 @report_option
 @connecting
+@progress_option
 @common
 def verify(
     target: str,
@@ -401,6 +413,7 @@ def verify(
     write_manifest: str | None,
     report: str | None,
     where: dict[str, Any],
+    progress: bool | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -432,7 +445,7 @@ def verify(
         _connected(where, quiet=quiet, verbose=verbose, report=report, apart=[target]) as link,
     ):
         started = time.perf_counter()
-        with _shown("ranges", quiet=quiet) as watch:
+        with _shown("ranges", quiet=quiet, progress=progress) as watch:
             if write_manifest is None:
                 problems = checking.run(watch)
             else:
@@ -455,8 +468,18 @@ def verify(
 @cli.command()
 @click.argument("directory", metavar="[DIR]", required=False, shell_complete=complete_files)
 @connecting
+@progress_option
 @common
-def demo(directory: str | None, *, where: dict[str, Any], as_json: bool, quiet: bool, verbose: bool, **_: bool) -> None:
+def demo(
+    directory: str | None,
+    *,
+    where: dict[str, Any],
+    progress: bool | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **_: bool,
+) -> None:
     """Do the main job end to end, and check it.
 
     Makes an .npy of 1 GiB and a matrix of it, reads windows into memory and into Zarr, and compares both with plain
@@ -468,7 +491,7 @@ def demo(directory: str | None, *, where: dict[str, Any], as_json: bool, quiet: 
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
         say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
         stack.enter_context(_connected(where, quiet=quiet, verbose=verbose))
-        facts, numbers = run_demo(Path(folder), say)
+        facts, numbers = run_demo(Path(folder), say, progress=False if quiet else progress)
     _report(facts, numbers, as_json=as_json, quiet=quiet)
 
 
@@ -584,10 +607,10 @@ def _connected(
 
 
 @contextlib.contextmanager
-def _shown(unit: str, *, quiet: bool) -> Iterator[Watch]:
+def _shown(unit: str, *, quiet: bool, progress: bool | None) -> Iterator[Watch]:
     from pipeline.progress import ShownWatch
 
-    with ShownWatch(unit, quiet=quiet) as watch:
+    with ShownWatch(unit, quiet=quiet, progress=progress) as watch:
         yield watch
 
 

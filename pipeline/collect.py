@@ -19,8 +19,8 @@ from pipeline.journal import Request, digest_array
 from pipeline.locations import locate
 from pipeline.npy import create_npy, map_npy, mark_npy, reopen_npy
 from pipeline.placing import file_array, fill_array, is_large, new_array, own_array
+from pipeline.progress import shown
 from pipeline.record import record_entries
-from pipeline.report import watched
 from pipeline.sights import matrix_sights
 from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
 from pipeline.stamps import stamp_matrix
@@ -51,6 +51,7 @@ def gather(
     out: NDArray[Any] | str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    progress: bool | None = None,
 ) -> NDArray[Any]: ...
 
 
@@ -60,6 +61,7 @@ def gather(
     *,
     apply: Mapping[str, Apply] | None = None,
     out: Mapping[str, NDArray[Any]] | None = None,
+    progress: bool | None = None,
 ) -> dict[str, NDArray[Any]]: ...
 
 
@@ -70,6 +72,7 @@ def gather(
     out: NDArray[Any] | Mapping[str, NDArray[Any]] | str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    progress: bool | None = None,
 ) -> NDArray[Any] | dict[str, NDArray[Any]]:
     """Read every window into one array, or one for each member of a group, in request order.
 
@@ -92,6 +95,10 @@ def gather(
         Whether to go on where an interrupted run of the same request ended; nothing is done where it is finished.
     overwrite
         Whether an `.npy` that this package wrote may be replaced.
+    progress
+        Whether to show progress on stderr: a bar on a terminal and in a notebook, elsewhere a line every ten seconds.
+        Default: the bar alone, where a run takes longer than half a second, unless the environment has
+        `PIPELINE_PROGRESS=0`, or the logger "pipeline" a level above INFO.
 
     Returns
     -------
@@ -128,7 +135,7 @@ def gather(
     {'features': (2, 16, 2), 'means': (2, 2)}
     """
     gathering = prepare_gathering(plan, apply=apply, out=out, resume=resume, overwrite=overwrite)
-    with watched("gather") as watch:
+    with shown("gather", "windows", progress=progress) as watch:
         return gathering.run(watch)
 
 

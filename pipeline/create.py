@@ -22,7 +22,7 @@ from pipeline.markup import html_table
 from pipeline.matrix import Matrix, open_single
 from pipeline.memory import budget, parse_size
 from pipeline.outputs import find_output
-from pipeline.report import watched
+from pipeline.progress import shown
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.sights import source_sights
@@ -234,6 +234,7 @@ def create_matrix(
     resume: bool = False,
     overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
 ) -> Matrix:
     """Make a matrix from what is there; it appears only when it is complete.
 
@@ -269,6 +270,8 @@ def create_matrix(
     storage_options
         Of a URL of `dest`, for the library that writes there (obstore): region, endpoint, credentials. They go to the
         workers. What is not given, each worker takes from its environment.
+    progress
+        As of `gather`.
 
     Raises
     ------
@@ -305,7 +308,7 @@ def create_matrix(
         overwrite=overwrite,
         storage_options=storage_options,
     )
-    with watched("create_matrix") as watch:
+    with shown("create_matrix", "rows", progress=progress) as watch:
         return creation.run(watch)
 
 

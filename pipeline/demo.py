@@ -27,7 +27,9 @@ ROWS, COLUMNS, LENGTH, COUNT = 67_108, 2_000, 16, 2_000
 _STEP_ROWS = 4096
 
 
-def run_demo(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, str], dict[str, Any]]:
+def run_demo(
+    folder: Path, say: Callable[[str], None], *, progress: bool | None
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Do the main job in `folder` on the active client, and return what a person and a program want to know.
 
     Parameters
@@ -36,6 +38,8 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, str], 
         Made if it is not there; gets `A.npy`, `A.zarr`, `windows.zarr`: about 2.6 GB.
     say
         Gets a line before each step.
+    progress
+        As of `gather`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, matrix_path, result_path = folder / "A.npy", folder / "A.zarr", folder / "windows.zarr"
@@ -52,11 +56,17 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, str], 
 
     size = format_size(ROWS * COLUMNS * 8)
     step("write", f"1/5 write {source.name}: ({ROWS:,}, {COLUMNS:,}) float64, {size}", lambda: _write_source(source))
-    matrix = step("create", f"2/5 create {matrix_path.name} of it", lambda: create_matrix(source, matrix_path))
+    matrix = step(
+        "create", f"2/5 create {matrix_path.name} of it", lambda: create_matrix(source, matrix_path, progress=progress)
+    )
     starts = draw_starts(matrix.rows, length=LENGTH, count=COUNT, seed=0)
     plan = plan_windows(matrix, starts, length=LENGTH)
-    windows = step("gather", f"3/5 gather {COUNT:,} windows of {LENGTH} rows into one array", lambda: gather(plan))
-    result = step("store", f"4/5 store them in {result_path.name}", lambda: store(plan, result_path))
+    windows = step(
+        "gather",
+        f"3/5 gather {COUNT:,} windows of {LENGTH} rows into one array",
+        lambda: gather(plan, progress=progress),
+    )
+    result = step("store", f"4/5 store them in {result_path.name}", lambda: store(plan, result_path, progress=progress))
     step("check", "5/5 check both against plain NumPy", lambda: _check(source, starts, windows, result))
     facts = {
         "matrix": f"{matrix_path}: ({ROWS:,}, {COLUMNS:,}) float64, {size}",

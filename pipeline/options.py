@@ -145,6 +145,11 @@ report_option = click.option(
     shell_complete=complete_files,
     help="Dask's performance report, one .html that needs no network.",
 )
+progress_option = option(
+    "--progress/--no-progress",
+    default=None,
+    help="A bar on a terminal, else a line every ten seconds.  [default: progress]",
+)
 memory_option = option(
     "--memory", metavar="SIZE", help="Most that the run may hold, such as 8GB; a number alone is bytes."
 )

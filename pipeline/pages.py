@@ -22,7 +22,7 @@ _SECTIONS = {
     "Where to": ("out", "order", "apply_name", "dry_run", "resume", "overwrite"),
     "With what care": ("memory", "check_reads", "missing_chunks"),
     "On which cluster": ("cluster", "scheduler_address", "scheduler_file", "workers", "threads", "insecure", "report"),
-    "What is said": ("as_json", "quiet", "verbose", "debug"),
+    "What is said": ("as_json", "progress", "quiet", "verbose", "debug"),
 }
 """Parameters by the heading that they stand under; VERB.NAME: so for that verb alone."""
 _OTHERS = "Other options"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import IntegrityError, OpenError, OutputExistsError
 from pipeline.manifest import Checksums, Manifest
+from pipeline.progress import shown
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
 from pipeline.record import extend_crc32
-from pipeline.report import watched
 from pipeline.sizes import count_of, format_size
 from pipeline.staging import check_apart
 from pipeline.storage import Folder, checksum
@@ -82,6 +82,7 @@ def write_manifest(
     manifest: str | Path,
     *,
     storage_options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
 ) -> None:
     """Record size and checksum of every file of a matrix, for `verify` to compare with.
 
@@ -91,6 +92,8 @@ def write_manifest(
         As for `verify`.
     manifest
         JSON file to write; it lies apart from the matrix.
+    progress
+        As of `gather`.
 
     Raises
     ------
@@ -109,7 +112,7 @@ def write_manifest(
     []
     """
     recording = prepare_recording(path, manifest, storage_options=storage_options)
-    with watched("write_manifest") as watch:
+    with shown("write_manifest", "ranges", progress=progress) as watch:
         recording.run(watch)
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipeline.errors import InputError
 from pipeline.markup import html_table
@@ -35,9 +35,19 @@ STAGES = ("read", "decode", "apply", "write")
 """What a task does, in this order; `Watch` counts the seconds of each."""
 
 
+class Listener(Protocol):
+    """What hears of a watch's events once they are counted, such as to show them."""
+
+    def begin(self) -> None:
+        """It is known what there is to do."""
+
+    def advance(self, units: int, *, kept: bool) -> None:
+        """A task is finished; `kept`: by an earlier run."""
+
+
 @dataclass(slots=True)
 class Watch:
-    """Counts finished tasks; a subclass may show them. Called from the client's thread only."""
+    """Counts finished tasks; a listener may show them. Called from the client's thread only."""
 
     tasks: int = 0
     units: int = 0
@@ -67,6 +77,7 @@ class Watch:
     started: float = field(default_factory=time.perf_counter)
     last: float | None = None
     """When a task of this run was done last."""
+    listener: Listener | None = None
 
     @property
     def own_share(self) -> float:
@@ -77,12 +88,16 @@ class Watch:
         """Learn what there is to do, before the first task runs."""
         self.tasks, self.units, self.nbytes = tasks, units, nbytes
         self.started = time.perf_counter()
+        if self.listener is not None:
+            self.listener.begin()
 
     def task_kept(self, units: int) -> None:
         """Count a task that an earlier run had finished."""
         self.kept_tasks += 1
         self.kept_units += units
         self.done_units += units
+        if self.listener is not None:
+            self.listener.advance(units, kept=True)
 
     def task_done(self, receipt: Receipt) -> None:
         """Count one finished task."""
@@ -98,6 +113,8 @@ class Watch:
             self.longest_seconds, sum(float(getattr(receipt, f"{stage}_seconds")) for stage in STAGES)
         )
         self.last = time.perf_counter()
+        if self.listener is not None:
+            self.listener.advance(receipt.units, kept=False)
 
     def task_retried(self, words: str) -> None:
         """Count a task that is run again; `words` say why."""

@@ -17,6 +17,7 @@ from pipeline.choice import Choice, Deployment, choose_cluster, plan_deployment
 from pipeline.cluster import no_workers_timeout
 from pipeline.clusterfile import key_lines, merged_settings
 from pipeline.memory import budget, parse_size
+from pipeline.progress import VARIABLE, read_setting
 from pipeline.secrecy import without_secrets
 from pipeline.security import address_encryption
 from pipeline.sizes import format_size
@@ -77,6 +78,8 @@ def collect_settings(
         found["memory.budget"] = Setting(format_size(allowed.nbytes), told["memory"] if memory else allowed.source)
         found |= _dask_settings(choice)
     found |= _zarr_settings()
+    shown = read_setting()
+    found["progress"] = Setting("automatic" if shown is None else shown, _BUILT_IN if shown is None else VARIABLE)
     found |= _variable_settings(variables)
     return {name: Setting(without_secrets(name, each.value), each.origin) for name, each in found.items()}
 

@@ -16,9 +16,9 @@ from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.inspection import Place, StoredArray, describe_arrays, say_runs
 from pipeline.locations import Url
 from pipeline.manifest import Manifest
+from pipeline.progress import shown
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
 from pipeline.record import METADATA, extend_crc32, parse_record
-from pipeline.report import watched
 from pipeline.sizes import count_of, format_size
 from pipeline.storage import Folder, Objects, checksum
 from pipeline.targets import DOCUMENTS, is_document, locate_files, open_target
@@ -126,6 +126,7 @@ def verify(
     seed: int = 0,
     manifest: str | Path | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
 ) -> list[Problem]:
     """Read every stored byte of a matrix or a result, and compare it with its checksums.
 
@@ -146,6 +147,8 @@ def verify(
         What `write_manifest` wrote, when all was right.
     storage_options
         Of a URL; see `open_matrix`.
+    progress
+        As of `gather`.
 
     Returns
     -------
@@ -169,7 +172,7 @@ def verify(
     []
     """
     checking = prepare_verification(path, subset=subset, seed=seed, manifest=manifest, storage_options=storage_options)
-    with watched("verify") as watch:
+    with shown("verify", "ranges", progress=progress) as watch:
         return checking.run(watch)
 
 

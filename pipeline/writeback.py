@@ -18,7 +18,7 @@ from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
 from pipeline.journal import Request, digest_array
 from pipeline.outputs import find_output
-from pipeline.report import watched
+from pipeline.progress import shown
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import SHARD_NBYTES, cut_results
 from pipeline.sights import matrix_sights
@@ -77,6 +77,7 @@ def store(
     resume: bool = False,
     overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
 ) -> zarr.Group:
     """Read every window and write it to a Zarr group, which appears only when it is complete.
 
@@ -103,6 +104,8 @@ def store(
     storage_options
         Of a URL, for the library that writes there (obstore): region, endpoint, credentials. They go to the workers.
         What is not given, each worker takes from its environment.
+    progress
+        As of `gather`.
 
     Returns
     -------
@@ -142,7 +145,8 @@ def store(
     """
     given: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "storage_options": storage_options}
     storing = prepare_storing(plan, path, apply=apply, order=order, **given)
-    with watched("store", repetition=storing.cost.nbytes_read / plan.chunk.nbytes_read) as watch:
+    repetition = storing.cost.nbytes_read / plan.chunk.nbytes_read
+    with shown("store", "windows", progress=progress, repetition=repetition) as watch:
         return storing.run(watch)
 
 

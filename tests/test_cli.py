@@ -542,22 +542,63 @@ def test_quiet_shows_no_progress(monkeypatch):
     assert sys.stderr.getvalue() == ""
 
 
-def test_bar_on_a_terminal(cli, matrix, monkeypatch):
-    """On a terminal: a bar, removed at the end, without escape codes where NO_COLOR is set; stdout is untouched."""
-    monkeypatch.setenv("NO_COLOR", "1")
+def on_a_terminal(cli, monkeypatch, *arguments):
+    """Run the command line with a terminal as its stderr; also what that got."""
     parent, child = os.openpty()
     termios.tcsetwinsize(child, (24, 100))
     with monkeypatch.context() as patch, os.fdopen(child, "w") as terminal:
         patch.setattr(sys, "stderr", terminal)
-        said = cli("run", matrix, "--count", 40, "--json")
-    shown = ""
+        said = cli(*arguments)
+    shown = b""
     with contextlib.suppress(OSError):  # How a terminal ends on Linux.
         while piece := os.read(parent, 65536):
-            shown += piece.decode()
+            shown += piece
     os.close(parent)
+    return said, shown.decode()
+
+
+@pytest.mark.parametrize("how", ["--no-progress", "-q", "variable"])
+def test_no_bar_on_a_terminal(cli, samples, small_demo, tmp_path, monkeypatch, how):
+    """Of any verb; the report is printed all the same, but with -q."""
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+    (tmp_path / "A.zarr").symlink_to(samples / "A.zarr")
+    flags = [how]
+    if how == "variable":
+        monkeypatch.setenv("PIPELINE_PROGRESS", "0")
+        flags = []
+    for line in ("run A.zarr --count 40", "verify A.zarr", "demo folder", "create A.zarr X.zarr"):
+        said, shown = on_a_terminal(cli, monkeypatch, *line.split(), *flags)
+        assert said.code == 0
+        assert "%|" not in shown
+        assert (said.out == "") == (how == "-q")
+        assert ("dashboard: " in shown) == (how != "-q")
+
+
+@pytest.mark.parametrize(("flag", "bars"), [("--progress", 1), (None, 0)])
+def test_a_flag_goes_over_the_variable(cli, matrix, monkeypatch, flag, bars):
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+    monkeypatch.setenv("PIPELINE_PROGRESS", "0")
+    line = ["run", matrix, "--count", 40, *([flag] if flag else [])]
+    _, shown = on_a_terminal(cli, monkeypatch, *line)
+    assert shown.count("| 0/40 [") == bars
+    assert cli("config", "--json").numbers["progress"] == {"value": False, "origin": "PIPELINE_PROGRESS"}
+
+
+def test_a_demo_shows_a_bar_for_each_run(cli, small_demo, monkeypatch):
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+    _, shown = on_a_terminal(cli, monkeypatch, "demo", "folder")
+    for bar in ("| 0/5000 [", "| 0/300 ["):
+        assert bar in shown
+
+
+def test_bar_on_a_terminal(cli, matrix, monkeypatch):
+    """On a terminal: a bar, removed at the end, without escape codes where NO_COLOR is set; stdout is untouched."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+    said, shown = on_a_terminal(cli, monkeypatch, "run", matrix, "--count", 40, "--json")
     assert said.numbers["windows"] == 40
     assert "dashboard: http" in shown
-    assert "| 0/40 [" in shown
+    assert shown.count("| 0/40 [") == 1
     assert " windows/s]" in shown
     assert "\x1b" not in shown
     assert shown.endswith("\r")
@@ -594,8 +635,8 @@ def test_demo_leaves_nothing_without_a_folder(cli, small_demo, tmp_path, monkeyp
 
 
 def test_demo_notices_a_wrong_value(cli, small_demo, monkeypatch):
-    def wrong(plan):
-        windows = pipeline.gather(plan)
+    def wrong(plan, **options):
+        windows = pipeline.gather(plan, **options)
         windows[299, 15, 6] += 1
         return windows
 

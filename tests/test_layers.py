@@ -22,10 +22,10 @@ LAYERS = [
     "__main__",
     "cli",
     "bench",
-    "demo options progress request settings wording",
+    "demo options request settings wording",
     "batches",
     "collect readahead writeback create recording verification",
-    "performance placing ranges targets",
+    "performance placing progress ranges targets",
     "outputs",
     "publication",
     "report runs shards",
@@ -160,7 +160,7 @@ def test_a_run_loads_what_it_needs_and_no_more(samples, tmp_path, name, zarr):
     """Bokeh alone would take as long as a small run."""
     line = ["pipeline", "run", str(samples / name), "--count", "1", "--out", str(tmp_path / "w.npy")]
     code = f"from pipeline.cli import main; sys.argv = {line!r}; main()"
-    assert loaded_by(code) == ["dask", "distributed", "numpy", "tqdm", "yaml", *zarr]
+    assert loaded_by(code) == ["dask", "distributed", "numpy", "yaml", *zarr]
     assert (tmp_path / "w.npy").exists()
 
 

@@ -5,6 +5,7 @@
 
 import ast
 import base64
+import os
 import re
 import sys
 import tomllib
@@ -58,6 +59,8 @@ ADDRESS = re.compile(r"\b(?!127\.0\.0\.1\b)\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b"
 def run_notebook(notebook, folder):
     """Return the notebook as a fresh kernel leaves it, which began in `folder`; the first error is raised."""
     fresh = nbformat.from_dict(notebook)
+    # How far a run has come is not kept.
+    environment = os.environ | {"PIPELINE_PROGRESS": "0"}
     NotebookClient(
         fresh,
         timeout=TIMEOUT_SECONDS,
@@ -66,7 +69,7 @@ def run_notebook(notebook, folder):
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
-    ).execute()
+    ).execute(env=environment)
     return fresh
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
+import multiprocessing
+import os
 import re
 import sys
+import termios
 import threading
+import types
 
 import distributed
+import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 
+import pipeline
 from pipeline import progress
 from pipeline.capacity import measure_workers
 from pipeline.tasks import Receipt
@@ -38,6 +47,7 @@ def fast(monkeypatch):
         made = Stream(tty=tty)
         monkeypatch.setattr(sys, "stderr", made)
         monkeypatch.setattr(progress, "_SECONDS", 0.001)
+        monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
         return made
 
     return make
@@ -101,9 +111,9 @@ def test_pace_of_the_bar_is_that_of_this_run(fast):
     with progress.ShownWatch("windows", quiet=False) as watch:
         watch.begin(2, 1_000_001, 800)
         watch.task_kept(1_000_000)
-        watch._bar.start_t -= 10
+        watch._progress._bar.start_t -= 10
         watch.task_done(Receipt(0, 1, 900, 0.1))
-        watch._bar.refresh()
+        watch._progress._bar.refresh()
         assert re.search(r"1000001/1000001 .* 10.\d\d windows|1000001/1000001 .*1\d\.\d\ds/ windows", stream.getvalue())
 
 
@@ -131,3 +141,276 @@ def test_workers_that_we_did_not_start():
         # Not known, and nothing that a run should end for.
         assert measure_workers(client) == (0, 0)
     assert measure_workers(None) == (0, 0)
+
+
+def plan_of(samples, **options):
+    return pipeline.plan_windows(
+        pipeline.open_matrix(samples / "A.zarr"), list(range(0, 1900, 10)), length=16, **options
+    )
+
+
+def gather_group(samples, folder, **options):
+    group = pipeline.open_matrix({"x": samples / "A.zarr", "y": samples / "A.npy"})
+    return pipeline.gather(pipeline.plan_windows(group, list(range(0, 1900, 10)), length=16), **options)
+
+
+CALLS = {
+    "gather": (lambda samples, folder, **options: pipeline.gather(plan_of(samples), **options), "0/190", "windows"),
+    "gather-npy": (
+        lambda samples, folder, **options: pipeline.gather(plan_of(samples), out=folder / "w.npy", **options),
+        "0/190",
+        "windows",
+    ),
+    "gather-group": (gather_group, "0/380", "windows"),
+    "store": (
+        lambda samples, folder, **options: pipeline.store(plan_of(samples), folder / "w.zarr", **options),
+        "0/190",
+        "windows",
+    ),
+    "create_matrix": (
+        lambda samples, folder, **options: pipeline.create_matrix(samples / "A.npy", folder / "B.zarr", **options),
+        "0/2000",
+        "rows",
+    ),
+    "verify": (lambda samples, folder, **options: pipeline.verify(samples / "A.zarr", **options), "0/8", "ranges"),
+    "write_manifest": (
+        lambda samples, folder, **options: pipeline.write_manifest(samples / "A.npy", folder / "m.json", **options),
+        "0/1",
+        "ranges",
+    ),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request, samples, tmp_path):
+    """A public function that reads, what its bar shows first, and the unit."""
+    function, first, unit = CALLS[request.param]
+    return lambda **options: function(samples, tmp_path, **options), first, unit
+
+
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch):
+    monkeypatch.delenv(progress.VARIABLE, raising=False)
+
+
+def test_every_function_that_reads_shows_one_bar_on_a_terminal(call, fast):
+    function, first, unit = call
+    stream = fast(tty=True)
+    function()
+    shown = stream.getvalue()
+    # As it is drawn first; later it has the memory, too.
+    assert shown.count(f"| {first} [00:00<?, ? {unit}/s]") == 1
+    # It is removed at the end.
+    assert "\n" not in shown
+    assert shown.endswith("\r")
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
+
+
+def test_a_real_terminal(samples, monkeypatch):
+    parent, child = os.openpty()
+    termios.tcsetwinsize(child, (24, 100))
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+    with monkeypatch.context() as patch, os.fdopen(child, "w") as terminal:
+        patch.setattr(sys, "stderr", terminal)
+        pipeline.gather(plan_of(samples))
+    shown = b""
+    with contextlib.suppress(OSError):  # How a terminal ends on Linux.
+        while piece := os.read(parent, 65536):
+            shown += piece
+    os.close(parent)
+    assert shown.count(b"| 0/190 [") == 1
+    assert shown.endswith(b"\r")
+
+
+def mute_logger(patch):
+    patch.setattr(logging.getLogger("pipeline"), "level", logging.WARNING)
+
+
+def mute_all(patch):
+    patch.setattr(logging.root.manager, "disable", logging.INFO)
+
+
+MUTED = {
+    "argument": lambda patch: {"progress": False},
+    "argument over variable": lambda patch: patch.setenv("PIPELINE_PROGRESS", "1") or {"progress": False},
+    "variable": lambda patch: patch.setenv("PIPELINE_PROGRESS", "off"),
+    "level": mute_logger,
+    "all logging": mute_all,
+    "a child": lambda patch: patch.setattr(multiprocessing, "parent_process", object),
+    "a task": lambda patch: patch.setattr(progress, "is_in_task", lambda: True),
+    "a short run": lambda patch: patch.setattr(progress, "_DELAY_SECONDS", 1e6),
+}
+
+
+@pytest.mark.parametrize("how", MUTED)
+def test_a_terminal_is_left_alone(call, fast, monkeypatch, how):
+    function, _, _ = call
+    stream = fast(tty=True)
+    function(**(MUTED[how](monkeypatch) or {}))
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("how", ["level", "all logging", "a child"])
+@pytest.mark.parametrize("asked", [{"progress": True}, {}])
+def test_who_asks_for_progress_gets_it(samples, fast, monkeypatch, how, asked):
+    stream = fast(tty=True)
+    MUTED[how](monkeypatch)
+    if not asked:
+        monkeypatch.setenv("PIPELINE_PROGRESS", "yes")
+    pipeline.gather(plan_of(samples), **asked)
+    assert "| 0/190 [" in stream.getvalue()
+
+
+def test_a_redirected_run_is_silent(call, fast, capfd):
+    function, _, _ = call
+    stream = fast(tty=False)
+    function()
+    assert stream.getvalue() == ""
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("stderr", ["none", "closed"])
+def test_without_stderr(samples, monkeypatch, stderr):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", None if stderr == "none" else closed)
+    assert pipeline.gather(plan_of(samples)).shape == (190, 16, 20)
+    assert pipeline.gather(plan_of(samples), progress=True).shape == (190, 16, 20)
+
+
+def test_redirected_progress_that_is_asked_for_comes_in_lines(samples, fast):
+    stream = fast(tty=False)
+
+    def wait(block):
+        # Not for the window that is tried before the run.
+        assert len(block) == 1 or stream.written.wait(10)
+        return block
+
+    pipeline.gather(plan_of(samples), apply=wait, progress=True)
+    assert re.match(r"\d\d:\d\d:\d\d 0 of 190 windows \(0%\), 0 of ", stream.getvalue())
+
+
+def test_a_bar_is_there_before_the_first_task_is_done(samples, fast, monkeypatch):
+    stream = fast(tty=True)
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.2)
+    monkeypatch.setattr(progress, "_SECONDS", 1e6)
+    drawn = threading.Event()
+    write = stream.write
+    monkeypatch.setattr(stream, "write", lambda text: (write(text), "0/190" in text and drawn.set()))
+
+    def wait(block):
+        assert len(block) == 1 or drawn.wait(10)
+        return block
+
+    pipeline.gather(plan_of(samples), apply=wait)
+    assert drawn.is_set()
+    assert stream.getvalue().endswith("\r")
+
+
+def test_a_line_before_the_bar_leaves_no_bar(fast, monkeypatch):
+    """To write one draws the bar, which is then removed as any other."""
+    stream = fast(tty=True)
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 1e6)
+    with progress.ShownWatch("windows", quiet=False) as watch:
+        watch.begin(8, 800, 800)
+        watch.say("a line")
+    shown = stream.getvalue()
+    assert re.search(r"\d\d:\d\d:\d\d a line\n", shown)
+    assert re.search(r"(^|\r) *\r$", shown)
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, "", [True]])
+def test_what_is_neither_true_nor_false(call, wrong):
+    function, _, _ = call
+    with pytest.raises(pipeline.InputError, match=r"progress is .*; give True, False or None"):
+        function(progress=wrong)
+
+
+def test_a_variable_that_is_neither(call, monkeypatch, tmp_path):
+    function, _, _ = call
+    monkeypatch.setenv("PIPELINE_PROGRESS", "maybe")
+    with pytest.raises(pipeline.InputError, match="PIPELINE_PROGRESS is 'maybe'; set it to 1 or 0"):
+        function()
+    assert list(tmp_path.iterdir()) == []
+    function(progress=False)
+
+
+@pytest.mark.parametrize("client", [False, True])
+def test_the_bar_follows_finished_tasks(samples, tmp_path, fast, monkeypatch, client):
+    stream, moved = fast(tty=True), []
+    advance = progress.Progress.advance
+    monkeypatch.setattr(
+        progress.Progress, "advance", lambda self, units, kept: (moved.append(units), advance(self, units, kept=kept))
+    )
+    with pipeline.connect(dashboard_address=None) if client else contextlib.nullcontext():
+        pipeline.create_matrix(samples / "A.npy", tmp_path / "B.zarr", shard_rows=256)
+    assert sum(moved) == 2000
+    assert len(moved) > 4
+    assert "| 0/2000 [" in stream.getvalue()
+
+
+def test_what_an_earlier_run_finished_counts(samples, tmp_path, fast):
+    stream = fast(tty=True)
+    with progress.ShownWatch("windows", quiet=False) as watch:
+        watch.begin(2, 200, 800)
+        watch.task_kept(100)
+        watch._progress._bar.refresh()
+        assert "100/200" in stream.getvalue()
+
+
+def test_batches_show_none(samples, fast):
+    stream = fast(tty=True)
+    with pipeline.iter_batches(plan_of(samples), 64) as batches:
+        assert sum(len(batch) for batch in batches) == 190
+    assert stream.getvalue() == ""
+
+
+class ZMQInteractiveShell:
+    """As a notebook's kernel has."""
+
+
+class Shell(ZMQInteractiveShell):
+    """As some services derive from it."""
+
+
+class TerminalInteractiveShell:
+    """As IPython in a terminal has, whose stderr may be redirected."""
+
+
+SHELLS = [(ZMQInteractiveShell(), True), (Shell(), True), (TerminalInteractiveShell(), False), (None, False)]
+
+
+@pytest.mark.parametrize(("shell", "found"), SHELLS)
+def test_which_shell_is_a_notebook(samples, fast, monkeypatch, shell, found):
+    stream = fast(tty=False)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    pipeline.gather(plan_of(samples))
+    assert ("| 0/190 [" in stream.getvalue()) == found
+
+
+@pytest.mark.parametrize("variable", [None, "0"])
+def test_a_notebook_shows_a_bar_and_no_warning(samples, tmp_path, monkeypatch, variable):
+    """In a real kernel, whether ipywidgets is there or not."""
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    source = f"""
+import warnings
+warnings.simplefilter("always")
+import pipeline, pipeline.progress
+pipeline.progress._DELAY_SECONDS = 0.0
+matrix = pipeline.open_matrix({str(samples / "A.zarr")!r})
+plan = pipeline.plan_windows(matrix, list(range(0, 1900, 10)), length=16)
+assert pipeline.gather(plan).shape == (190, 16, 20)
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    environment = os.environ | ({} if variable is None else {progress.VARIABLE: variable})
+    NotebookClient(notebook, timeout=120, kernel_name="python3", store_widget_state=False).execute(env=environment)
+    outputs = notebook.cells[0].outputs
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "Warning" not in text
+    assert "IProgress" not in text
+    if variable == "0":
+        assert outputs == []
+    else:
+        assert "| 0/190 [" in text or any("widget" in kind for each in outputs for kind in each.get("data", {}))

@@ -129,7 +129,7 @@ class Scenario:
                 self._write_hdf5(partial / "A.h5")
             if not self.compressed and self.task != "create":
                 say(f"write {self.name}: A.zarr, as `pipeline create` makes it")
-                create_matrix(partial / "A.h5", partial / "A.zarr", dataset=DATASET)
+                create_matrix(partial / "A.h5", partial / "A.zarr", dataset=DATASET, progress=False)
             room = shutil.disk_usage(partial).free > self.nbytes + _SPARE_NBYTES
             if self.compressed or (self.task == "gather" and room):
                 say(f"write {self.name}: plain.zarr, for the peers" if not self.compressed else f"write {self.name}")
