@@ -455,7 +455,7 @@ def _open_path(path: Path, name: str | None, options: _Options) -> Source:
 
 
 def _foreign(path: Path, foreign: formats.Format) -> OpenError:
-    return OpenError(f"{path} is {foreign.name}, which holds more than plain numbers; {foreign.way_out}")
+    return OpenError(f"{path} is {foreign.name}, not plain numbers; {foreign.way_out}")
 
 
 def _open_npy(path: Path, options: _Options) -> FileSource:
