@@ -256,5 +256,15 @@ def _open_bar(total: int, unit: str) -> tqdm[Any]:
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
 
-    settings: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "delay": _DELAY_SECONDS}
+    settings: dict[str, Any] = {"leave": False, "delay": _DELAY_SECONDS}
+    # A terminal that does not tell its size, as in some containers, has no room at all to tqdm.
+    settings |= {"dynamic_ncols": True} if _has_size() else {"ncols": 80, "nrows": 24}
     return tqdm(total=total, unit=f" {unit}", file=sys.stderr, **settings)
+
+
+def _has_size() -> bool:
+    """Whether stderr is no terminal, or one that tells its size."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    except (OSError, ValueError):
+        return True

@@ -132,7 +132,7 @@ def _say_absent(present: int, total: int, problem: str) -> str:
     """Say what to do about files that are absent, and which is the first that is not right; empty where none is."""
     if present == total:
         return ""
-    first = f"; first {problem}" if problem else ""
+    first = f", the first problem: {problem.removesuffix(' is absent')}" if problem else ""
     return (
         f"; {total - present:,} absent{first}; restore what was lost, or, where nothing was ever written there, "
         f"read the fill value with --missing-chunks fill (missing_chunks=)"

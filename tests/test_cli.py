@@ -188,15 +188,16 @@ def test_info_says_what_to_do_about_absent_files(cli, values, tmp_path, form):
     assert (numbers["files_present"], numbers["files"]) == (total - 2, total)
     first = f"{tmp_path}/A.zarr/{folder}3{joint}0 (rows 150 to 199) is absent"
     assert numbers["first_problem"] == first
+    shown = first.removesuffix(" is absent")
     present = columns(cli("info", "A.zarr").out)["present"]
-    assert f"2 absent; first {first}; restore" in present
+    assert f"2 absent, the first problem: {shown}; restore" in present
     assert "--missing-chunks fill" in present
     version = {"zarr_format": form.get("zarr_format", 3)}
     zarr.create_group(tmp_path / "G.zarr", **version)
     (tmp_path / "A.zarr").rename(tmp_path / "G.zarr/A")
     zarr.create_array(tmp_path / "G.zarr/B", data=values, chunks=(50, 20), **version)
     facts = columns(cli("info", "G.zarr").out)
-    assert f"2 absent; first {first.replace('A.zarr', 'G.zarr/A')}; restore" in facts["A"]
+    assert f"2 absent, the first problem: {shown.replace('A.zarr', 'G.zarr/A')}; restore" in facts["A"]
     assert "absent" not in facts["B"]
 
 

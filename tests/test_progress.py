@@ -206,9 +206,11 @@ def test_every_function_that_reads_shows_one_bar_on_a_terminal(call, fast):
     assert not any(thread.name == "progress" for thread in threading.enumerate())
 
 
-def test_a_real_terminal(samples, monkeypatch):
+@pytest.mark.parametrize("size", [(24, 100), (0, 0)])
+def test_a_real_terminal(samples, monkeypatch, size):
+    """Also one that does not tell its size."""
     parent, child = os.openpty()
-    termios.tcsetwinsize(child, (24, 100))
+    termios.tcsetwinsize(child, size)
     monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
     with monkeypatch.context() as patch, os.fdopen(child, "w") as terminal:
         patch.setattr(sys, "stderr", terminal)
