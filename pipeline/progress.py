@@ -13,11 +13,14 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from dask.callbacks import Callback
+
 from pipeline.capacity import active_client, count_threads, is_in_task, measure_workers
 from pipeline.errors import InputError
 from pipeline.memory import held_nbytes
 from pipeline.report import Watch, watched
 from pipeline.sizes import count_of, format_size
+from pipeline.tasks import Receipt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,6 +130,11 @@ class Progress:
         self._thread: threading.Thread | None = None
         self._client: Any = None
         self._at_once = 1
+        self._seen_tasks = self._seen_units = 0
+        """Finished on a scheduler of Dask's own, which hands over results in groups; the watch has not counted them."""
+        self._seeing = Callback(posttask=self._see)
+        self._owner: int | None = None
+        """Thread of the run, where Dask's own scheduler does it."""
         self._last: tuple[float, float]
         """When a task finished last, or the run began: by the clock that never goes back, and by the wall's."""
 
@@ -136,6 +144,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._watch.listener = None
+        if self._owner is not None:
+            self._seeing.unregister()
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -152,6 +162,9 @@ class Progress:
         self._last = time.perf_counter(), time.time()
         if self._form == "bar":
             self._bar = _open_bar(self._watch.units, self._unit)
+        if self._client is None:
+            self._owner = threading.get_ident()
+            self._seeing.register()
         # In the caller's context, by which a notebook knows the cell that is to show the bar.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._tell,), name="progress", daemon=True)
@@ -159,12 +172,29 @@ class Progress:
 
     def advance(self, units: int, *, kept: bool) -> None:
         """Move the bar by a task; `kept`: an earlier run had finished it."""
-        if not kept:
+        if kept:
+            self._move(units, initial=units)
+            return
+        seen = min(units, self._seen_units)
+        self._seen_units -= seen
+        self._seen_tasks -= seen > 0
+        self._move(units - seen)
+
+    def _see(self, _key: object, result: object, *_: object) -> None:
+        """Take notice of a task that is done, and that the watch will count with others: of this thread's run alone."""
+        receipt = result[0] if isinstance(result, tuple) and result else result
+        if isinstance(receipt, Receipt) and threading.get_ident() == self._owner:
+            self._seen_tasks += 1
+            self._seen_units += receipt.units
+            self._move(receipt.units)
+
+    def _move(self, units: int, *, initial: int = 0) -> None:
+        """Move the bar; `initial`: units that count for nothing in its pace."""
+        if not initial:
             self._last = time.perf_counter(), time.time()
-        if self._bar is not None:
+        if self._bar is not None and units:
             with self._drawing:
-                # Its pace is that of this run.
-                self._bar.initial += units if kept else 0
+                self._bar.initial += initial
                 self._bar.update(units)
 
     def write(self, line: str) -> None:
@@ -195,7 +225,7 @@ class Progress:
                     self._bar.set_postfix_str(memory)
             last, watch = self._last, self._watch
             silent = time.perf_counter() - last[0]
-            left = watch.tasks - watch.kept_tasks - watch.done_tasks
+            left = watch.tasks - watch.kept_tasks - watch.done_tasks - self._seen_tasks
             if left and told != last and silent > max(_STALL_SECONDS, _STALL_TASKS * watch.longest_seconds):
                 told = last
                 since = time.strftime("%H:%M:%S", time.localtime(last[1]))
@@ -209,11 +239,12 @@ class Progress:
         watch = self._watch
         passed = time.perf_counter() - watch.started
         # What an earlier run had done tells nothing of this one's pace.
-        own = watch.done_units - watch.kept_units
-        left = f"{passed * (watch.units - watch.done_units) / own:.0f} s left" if own else "time left not known yet"
+        done = watch.done_units + self._seen_units
+        own = done - watch.kept_units
+        left = f"{passed * (watch.units - done) / own:.0f} s left" if own else "time left not known yet"
         return (
-            f"{watch.done_units:,} of {watch.units:,} {self._unit} ({watch.done_units / watch.units:.0%}), "
-            f"{watch.done_tasks + watch.kept_tasks:,} of {watch.tasks:,} tasks, "
+            f"{done:,} of {watch.units:,} {self._unit} ({done / watch.units:.0%}), "
+            f"{watch.done_tasks + watch.kept_tasks + self._seen_tasks:,} of {watch.tasks:,} tasks, "
             f"{format_size(watch.nbytes * own / watch.units / passed)}/s, {left}"
         )
 

@@ -65,7 +65,7 @@ OUTSIDE = {
     "click": "cli options pages",
     "cloudpickle": "identity request tasks",
     "asyncssh": "ssh",
-    "dask": "bench capacity choice cluster clusterfile dashboard failures flights jobs local runs security services settings ssh tasks",
+    "dask": "bench capacity choice cluster clusterfile dashboard failures flights jobs local progress runs security services settings ssh tasks",
     "distributed": "bench capacity cluster dashboard failures flights jobs launch local security ssh tasks workers",
     "fsspec": "locations",
     "google_crc32c": "chunks decoders encoding inspection record verification",

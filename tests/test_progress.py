@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 import pipeline
 from pipeline import progress
 from pipeline.capacity import measure_workers
+from pipeline.report import Watch
 from pipeline.tasks import Receipt
 
 
@@ -349,6 +350,50 @@ def test_the_bar_follows_finished_tasks(samples, tmp_path, fast, monkeypatch, cl
     assert sum(moved) == 2000
     assert len(moved) > 4
     assert "| 0/2000 [" in stream.getvalue()
+
+
+@pytest.mark.parametrize("function", ["gather", "npy", "store", "create_matrix", "verify"])
+def test_without_a_cluster_each_task_moves_the_bar(samples, tmp_path, fast, monkeypatch, function):
+    """Not only the group of tasks whose results Dask's own scheduler hands over together."""
+    stream, events = fast(tty=True), []
+    monkeypatch.setattr("pipeline.runs._TOGETHER", 1000)
+    move, done = progress.Progress._move, Watch.task_done
+    monkeypatch.setattr(
+        progress.Progress,
+        "_move",
+        lambda self, units, **options: (events.append(("moved", units)), move(self, units, **options))[1],
+    )
+    monkeypatch.setattr(Watch, "task_done", lambda self, receipt: (events.append(("done", 0)), done(self, receipt))[1])
+    matrix = pipeline.open_matrix(samples / "A.zarr")
+    plan = pipeline.plan_windows(matrix, list(range(0, 1900, 10)), length=16)
+    monkeypatch.setattr(type(plan), "fit_tasks", lambda self, **_: 20)
+    calls = {
+        "gather": lambda: pipeline.gather(plan),
+        "npy": lambda: pipeline.gather(plan, out=tmp_path / "w.npy"),
+        "store": lambda: pipeline.store(plan, tmp_path / "w.zarr"),
+        "create_matrix": lambda: pipeline.create_matrix(samples / "A.npy", tmp_path / "B.zarr", shard_rows=256),
+        "verify": lambda: pipeline.verify(samples / "A.zarr"),
+    }
+    calls[function]()
+    total = {"gather": 190, "npy": 190, "store": 190, "create_matrix": 2000, "verify": 8}[function]
+    assert sum(units for _, units in events) == total
+    # All of them moved before the first result was handed over.
+    first = events.index(("done", 0))
+    assert sum(units for _, units in events[:first]) == total
+    assert "%|" in stream.getvalue()
+
+
+def test_runs_of_other_threads_do_not_move_the_bar(samples, fast):
+    fast(tty=True)
+    plan = plan_of(samples)
+    with progress.ShownWatch("windows", quiet=False) as watch:
+        watch.begin(8, 800, 800)
+        other = threading.Thread(target=lambda: pipeline.gather(plan, progress=False))
+        other.start()
+        other.join()
+        assert watch._progress._bar.n == 0
+    # Nor is a run seen once its own has ended.
+    assert watch._progress._seeing._callback not in type(watch._progress._seeing).active
 
 
 def test_what_an_earlier_run_finished_counts(samples, tmp_path, fast):
