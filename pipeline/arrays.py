@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError
+from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, PipelineError, find_shortage
 from pipeline.locations import AccessError, Url, name_store, plain, say_failure, store_error
 from pipeline.memory import budget
 from pipeline.notice import read_notice
@@ -152,8 +152,10 @@ def refuse_group(group: zarr.Group, name: str, rule: str = "a matrix is one Zarr
     raise OpenError(f"{rule}; {name} is a group {held}; {way_out}")
 
 
-def _unreadable(name: str, error: Exception) -> OpenError:
-    return OpenError(f"Zarr metadata are readable; {name}: {say_failure(error)[:200]}; restore them")
+def _unreadable(name: str, error: Exception) -> PipelineError:
+    return find_shortage(error) or OpenError(
+        f"Zarr metadata are readable; {name}: {say_failure(error)[:200]}; restore them"
+    )
 
 
 def open_node(folder: Path) -> zarr.Array[Any] | zarr.Group:

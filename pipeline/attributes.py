@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.arrays import locate_array, open_array, open_stored, read_filled, read_present, reading_config
 from pipeline.conventions import Labels, encode_fill
-from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError
+from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, find_shortage
 from pipeline.journal import digest_array
 from pipeline.layout import array_files
 from pipeline.locations import plain, say_failure
@@ -210,7 +210,9 @@ def _read_values(array: zarr.Array[Any], where: str, *, fills: bool) -> tuple[ND
         except (IntegrityError, zarr.errors.ChunkNotFoundError):
             block, absent = read_filled(reading_config(array, fills=True), (slice(None),))
     except Exception as error:  # noqa: BLE001 (zarr, its codecs and stores raise what they like)
-        raise IntegrityError(f"{where} cannot be read: {say_failure(error)[:200]}; {way_out}") from plain(error)
+        raise find_shortage(error) or IntegrityError(
+            f"{where} cannot be read: {say_failure(error)[:200]}; {way_out}"
+        ) from plain(error)
     files = replace(array_files(array), fills=True)
     problem = files.find_problem(np.arange(files.grid[0]))
     if problem is not None:

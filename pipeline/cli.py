@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError
+from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError, find_shortage
+from pipeline.memory import check_address_space
 from pipeline.options import (
     common,
     connecting,
@@ -170,6 +171,8 @@ def _foreign_output_diverted() -> Iterator[None]:
 def _explain(error: BaseException) -> tuple[int, str]:  # noqa: PLR0911 (a table)
     """Exit code and words of a failure."""
     notes = getattr(error, "__notes__", [])
+    if not isinstance(error, PipelineError) or isinstance(error, OpenError):
+        error = find_shortage(error) or error
     match error:
         case PipelineError():
             return error.exit_code, "; ".join([str(error), *notes])
@@ -186,8 +189,6 @@ def _explain(error: BaseException) -> tuple[int, str]:  # noqa: PLR0911 (a table
         case OSError():
             text = f"a file can be used; {error.filename or 'one'}: {error.strerror or error}; check it"
             return 3, "; ".join([text, *notes])
-        case MemoryError():
-            return 5, "; ".join([f"a run fits its memory; {error or 'it ran out'}; ask for less at once", *notes])
     text = f"a bug of ours; {type(error).__name__}: {error}; run it with --debug and report what it says"
     return 1, "; ".join([text, *notes])
 
@@ -485,7 +486,8 @@ def demo(
     Makes an .npy of 1 GiB and a matrix of it, reads windows into memory and into Zarr, and compares both with plain
     NumPy. Takes about 3 GiB of disk in DIR, where the files stay; without DIR, in a temporary folder that is removed.
     """
-    from pipeline.demo import run_demo
+    with _loading():
+        from pipeline.demo import run_demo
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
@@ -524,7 +526,8 @@ def bench(directory: str | None, *, plot: str | None, as_json: bool, quiet: bool
     imports, a first window and the start of a cluster are not. Files of about three times the matrix go to DIR, where
     they stay and are used again; without DIR, to a temporary folder that is removed.
     """
-    from pipeline.bench.run import run_bench
+    with _loading():
+        from pipeline.bench.run import run_bench
 
     for name in ("verbose", "debug"):
         settings.pop(name)
@@ -545,7 +548,8 @@ def config(*, where: dict[str, Any], memory: str | None, as_json: bool, quiet: b
 
     Keys, passwords and tokens are not shown. Starts no cluster.
     """
-    from pipeline.settings import collect_settings, report_settings
+    with _loading():
+        from pipeline.settings import collect_settings, report_settings
 
     told = {name: teller for name, teller in tellers(click.get_current_context()) if name in {*where, "memory"}}
     settings = collect_settings(where, told, memory=memory, variables=known_variables())
@@ -573,6 +577,7 @@ def _loading() -> Iterator[None]:
     if "numpy" in sys.modules:
         yield
         return
+    check_address_space()
     gc.disable()
     try:
         yield

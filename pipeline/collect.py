@@ -13,14 +13,17 @@ import numpy as np
 from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.cluster import check_client
 from pipeline.errors import InputError, IntegrityError
+from pipeline.filesystem import say_refusals
 from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.identity import name_function
 from pipeline.journal import Request, digest_array
 from pipeline.locations import locate
-from pipeline.npy import create_npy, map_npy, mark_npy, reopen_npy
+from pipeline.memory import budget, held_nbytes
+from pipeline.npy import create_npy, flush_npy, map_npy, mark_npy, reopen_npy
 from pipeline.placing import file_array, fill_array, is_large, new_array, own_array
 from pipeline.progress import shown
 from pipeline.record import record_entries
+from pipeline.sharing import FileArray
 from pipeline.sights import matrix_sights
 from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
 from pipeline.stamps import stamp_matrix
@@ -249,7 +252,8 @@ class Gathering:
                 self._write(stage, survey, watch, self.footprint(stage.cut, survey).fits)
                 self.stamp.check()
                 mark_npy(stage.output, request.digest)
-        return map_npy(self.place, "c")
+        watch.lacking = say_refusals(self.place)
+        return _load(self.place)
 
     def fit_tasks(self, survey: Survey) -> int:
         """Windows of a task."""
@@ -271,7 +275,8 @@ class Gathering:
             destination.abandon()
             raise
         destination.close()
-        return destination.array
+        filled: NDArray[Any] = destination.array
+        return filled
 
     def _write(self, stage: Stage, survey: Survey, watch: Watch, at_once: int) -> None:
         """Fill an `.npy` by the tasks that are not finished yet, each journaled once its windows are on the disk."""
@@ -309,16 +314,25 @@ class Gathering:
         stage.check_complete()
 
 
+def _load(path: Path) -> NDArray[Any]:
+    """Give what a finished `.npy` holds: mapped, else loaded where it fits the memory, else read entry by entry."""
+    mapped: Any = map_npy(path, "c")
+    if isinstance(mapped, FileArray) and mapped.nbytes + held_nbytes() <= budget().nbytes:
+        mapped = np.load(path, allow_pickle=False)
+    result: NDArray[Any] = mapped
+    return result
+
+
 def _flush(
-    stage: Stage, array: NDArray[Any], receipts: list[Receipt], places: dict[int, NDArray[np.int64]], watch: Watch
+    stage: Stage, array: Any, receipts: list[Receipt], places: dict[int, NDArray[np.int64]], watch: Watch
 ) -> None:
     """Flush the windows of finished tasks to the disk, read them back, and note the tasks."""
     if not receipts:
         return
-    assert isinstance(array, np.memmap)
-    array.flush()
+    flush_npy(array, stage.output)
+    written = map_npy(stage.output, "c")
     for receipt in receipts:
-        if (record_entries(map_npy(stage.output, "c"), places[receipt.number]),) != receipt.files:
+        if (record_entries(written, places[receipt.number]),) != receipt.files:
             raise IntegrityError(
                 f"windows read back as they were written; those of task {receipt.number} do not: check the disk"
             )

@@ -17,6 +17,7 @@ from pipeline.attributes import Description
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
 from pipeline.encoding import slab_nbytes
 from pipeline.errors import InputError
+from pipeline.filesystem import say_refusals
 from pipeline.journal import Request
 from pipeline.markup import html_table
 from pipeline.matrix import Matrix, open_single
@@ -150,6 +151,7 @@ class Creation:
             if parts is not None:
                 ours["parts"] = parts.tolist()
             stage.seal(chain.from_iterable(stage.done.values()), ours)
+        watch.lacking = say_refusals(self.output.place)
         return self._open()
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.arrays import may_lack_chunks, read_present
 from pipeline.columns import asked_rows
 from pipeline.decoders import chunk_decoder, fill_value
-from pipeline.errors import IntegrityError, PipelineError
+from pipeline.errors import IntegrityError, PipelineError, find_shortage
 from pipeline.fetching import in_flight, in_order
 from pipeline.layout import Files
 from pipeline.locations import is_store_failure, plain, say_failure, store_error
@@ -351,7 +351,9 @@ class ArrayReader:
         name = self.files.name(self.files.path(number), number)
         if not isinstance(self.files, Files) and is_store_failure(error):
             return store_error("a chunk can be read", name, error)
-        return IntegrityError(f"every chunk is there and can be decoded; {name}: {say_failure(error)}; restore it")
+        return find_shortage(error) or IntegrityError(
+            f"every chunk is there and can be decoded; {name}: {say_failure(error)}; restore it"
+        )
 
     def _check_files(self, touched: NDArray[np.int64]) -> None:
         """Refuse what zarr would take for an absent file, such as a folder, or would wait for, such as a pipe."""

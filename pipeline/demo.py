@@ -10,8 +10,10 @@ import numpy as np
 from pipeline.collect import gather
 from pipeline.create import create_matrix
 from pipeline.errors import IntegrityError
+from pipeline.filesystem import flush
 from pipeline.groupplan import plan_windows
 from pipeline.journal import Request
+from pipeline.npy import map_npy
 from pipeline.sizes import MIB, format_size
 from pipeline.staging import check_destination, stage_output
 from pipeline.starts import draw_starts
@@ -92,15 +94,18 @@ def _write_source(path: Path) -> None:
     generator = np.random.default_rng(0)
     request, nbytes = Request({"kind": "demo"}), ROWS * COLUMNS * 8
     with stage_output(path, request, cut=ROWS, nbytes=nbytes, resume=False, overwrite=False) as stage:
-        array = np.lib.format.open_memmap(stage.output, mode="w+", dtype=np.float64, shape=(ROWS, COLUMNS))
-        for first in range(0, ROWS, _STEP_ROWS):
-            generator.random(out=array[first : first + _STEP_ROWS])
-        array.flush()
+        header = {"descr": "<f8", "fortran_order": False, "shape": (ROWS, COLUMNS)}
+        with stage.output.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for first in range(0, ROWS, _STEP_ROWS):
+                file.write(generator.random((min(_STEP_ROWS, ROWS - first), COLUMNS)).data)
+            file.flush()
+            flush(file.fileno())
 
 
 def _check(source: Path, starts: NDArray[np.int64], windows: NDArray[Any], result: Any) -> None:
     """Compare with windows that NumPy reads from the `.npy`, a few at a time."""
-    rows = np.load(source, mmap_mode="r", allow_pickle=False)
+    rows = map_npy(source, "c")
     step = max(1, 64 * MIB // windows[0].nbytes)
     for first in range(0, len(starts), step):
         expected = np.stack([rows[start : start + LENGTH] for start in starts[first : first + step]])

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.chunks import CHECKSUM_NBYTES
 from pipeline.errors import IntegrityError
+from pipeline.filesystem import advise, flush, move_file
 from pipeline.layout import Files
 from pipeline.record import FileRecord, extend_crc32, record_file
 
@@ -84,11 +85,11 @@ def write_plain(
     try:
         try:
             written, crc32c = _write_parts(fd, parts)
-            os.fsync(fd)
+            flush(fd)
         finally:
             os.close(fd)
         _check_written(partial, written.nbytes, crc32c)
-        partial.rename(path)
+        move_file(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -164,9 +165,8 @@ def _write_parts(fd: int, parts: Iterator[NDArray[np.uint8]]) -> tuple[FileRecor
     for part in parts:
         crc32, crc32c = extend_crc32(crc32, part), google_crc32c.extend(crc32c, part)
         _write_fully(fd, memoryview(part))
-        if hasattr(os, "posix_fadvise"):
-            # Linux starts writing such pages to the disk at once, so that the flush at the end finds little to do.
-            os.posix_fadvise(fd, written, len(part), os.POSIX_FADV_DONTNEED)
+        # Linux starts writing such pages to the disk at once, so that the flush at the end finds little to do.
+        advise(fd, written, len(part), "DONTNEED")
         written += len(part)
     return FileRecord("", written, crc32), crc32c
 

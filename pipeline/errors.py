@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
+_SHORTAGE = re.compile(r"failed to map segment|cannot allocate memory|can't start new thread", re.IGNORECASE)
+"""What the system's loader and threads say where there is no more memory, or no more address space."""
+
 
 class PipelineError(Exception):
     """Base of every error that this package raises on purpose.
@@ -63,3 +69,27 @@ class OutputExistsError(PipelineError, FileExistsError):
     """The output exists already, or another run's remains do."""
 
     exit_code = 7
+
+
+def find_shortage(error: BaseException) -> BudgetError | None:
+    """Return our error of a want of memory that an exception comes from, whatever library turned it into what.
+
+    Examples
+    --------
+    >>> print(find_shortage(ImportError("x.so: failed to map segment from shared object")))
+    not enough memory: x.so: failed to map segment from shared object; raise the limit (ulimit -v), or ask for less
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, BudgetError):
+            return link
+        short = isinstance(link, MemoryError) or (isinstance(link, OSError) and link.errno == errno.ENOMEM)
+        if short or (isinstance(link, ImportError | OSError | RuntimeError) and _SHORTAGE.search(str(link))):
+            found = _SHORTAGE.search(str(link))
+            lines = [line.strip() for line in str(link).splitlines() if not found or _SHORTAGE.search(line)]
+            words = next(filter(None, lines), type(link).__name__)
+            return BudgetError(f"not enough memory: {words}; raise the limit (ulimit -v), or ask for less")
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None

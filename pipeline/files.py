@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.errors import IntegrityError
+from pipeline.filesystem import advise
 
 if TYPE_CHECKING:
+    import os
     from io import FileIO
     from pathlib import Path
     from typing import Self
@@ -24,9 +25,17 @@ _SCRATCH_BYTES = 4 << 20
 """Bytes of scratch memory for runs that are read with their gaps."""
 
 
+def change_time(status: os.stat_result) -> int:
+    """Time of a file's last change in ns, modulo 2^64 as 64 bits with a sign: to be compared, not computed with.
+
+    File systems know years beyond 2262, where 63 bits of nanoseconds end.
+    """
+    return (status.st_mtime_ns + 2**63) % 2**64 - 2**63
+
+
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """A file as it was when it was opened: size (bytes) and time of its last change (ns)."""
+    """A file as it was when it was opened: size (bytes) and time of its last change (`change_time`)."""
 
     path: Path
     size: int
@@ -36,7 +45,7 @@ class FileStamp:
     def take(cls, path: Path) -> Self:
         """Stamp the file as it is now, under a name that holds in any working directory."""
         now = path.stat()
-        return cls(path.absolute(), now.st_size, now.st_mtime_ns)
+        return cls(path.absolute(), now.st_size, change_time(now))
 
     def check(self) -> None:
         """Raise `IntegrityError` if the file is no longer the one that was stamped."""
@@ -73,10 +82,10 @@ def read_runs(file: FileIO, runs: NDArray[np.uint8], offset: int, stride: int) -
     if not runs.size:
         return
     if count == 1 or size == stride:
-        _advise(file, 0, 0, "SEQUENTIAL")
+        advise(file.fileno(), 0, 0, "SEQUENTIAL")
         _read_exactly(file, runs.reshape(-1), offset)
     elif stride <= _READ_THROUGH:
-        _advise(file, 0, 0, "SEQUENTIAL")
+        advise(file.fileno(), 0, 0, "SEQUENTIAL")
         step = _SCRATCH_BYTES // stride
         scratch = np.empty(min(step, count) * stride, np.uint8)
         for first in range(0, count, step):
@@ -86,9 +95,9 @@ def read_runs(file: FileIO, runs: NDArray[np.uint8], offset: int, stride: int) -
             part[:] = scratch[: len(part) * stride].reshape(len(part), stride)[:, :size]
     else:
         # Read-ahead would fetch megabytes around each run.
-        _advise(file, 0, 0, "RANDOM")
+        advise(file.fileno(), 0, 0, "RANDOM")
         for i in range(count):
-            _advise(file, offset + i * stride, size, "WILLNEED")
+            advise(file.fileno(), offset + i * stride, size, "WILLNEED")
         for i in range(count):
             _read_exactly(file, runs[i], offset + i * stride)
 
@@ -103,9 +112,3 @@ def _read_exactly(file: FileIO, out: NDArray[np.uint8], offset: int) -> None:
                 f"a source must stay as it is while it is read; {file.name!s} ends {len(left)} bytes early; start again"
             )
         left = left[got:]
-
-
-def _advise(file: FileIO, offset: int, size: int, advice: str) -> None:
-    """Tell the kernel what will be read, where it can be told; `size` 0 means all of the file."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), offset, size, getattr(os, f"POSIX_FADV_{advice}"))

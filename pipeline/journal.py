@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from pipeline.filesystem import flush, move_file
 from pipeline.record import FileRecord
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Journal:
         entries = [header, *(_entry(number, files) for number, files in self.done.items())]
         partial = self._path.with_name(f"{self._path.name}.partial")
         _write(partial, "wb", entries)
-        partial.replace(self._path)
+        move_file(partial, self._path)
 
 
 def _entry(number: int, files: tuple[FileRecord, ...]) -> dict[str, Any]:
@@ -112,4 +112,4 @@ def _write(path: Path, mode: str, entries: list[dict[str, Any]]) -> None:
         if mode == "wb":
             # It takes the place of one that is whole.
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())

@@ -361,8 +361,11 @@ def array_files(array: zarr.Array[Any]) -> Files | Keys:
 def _files(array: zarr.Array[Any], **fixed: Any) -> Files | Keys:
     from zarr.storage import LocalStore
 
+    from pipeline.folderstore import FolderStore
+
     last = tuple(count - 1 for count in fixed["grid"])
-    if type(array.store) is LocalStore:
+    # A class of somebody else may keep its keys in another way.
+    if type(array.store) is LocalStore or isinstance(array.store, FolderStore):
         root = str(array.store.root / array.path) if array.path else str(array.store.root)
         for prefix, separator in (("c/", "/"), ("c.", "."), ("", "/"), ("", ".")):
             files = Files(root=root, prefix=prefix, separator=separator, **fixed)

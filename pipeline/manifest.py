@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import uuid
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
+from pipeline.filesystem import flush, link_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,9 +87,9 @@ class Manifest:
             with partial.open("x") as file:
                 json.dump(document, file, indent=1)
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
             # A rename would replace a file that has appeared meanwhile; a link does not.
-            path.hardlink_to(partial)
+            link_file(partial, path)
         except FileExistsError as error:
             raise OutputExistsError(f"a manifest is written once; {path} appeared meanwhile; name another") from error
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import threading
 import weakref
@@ -13,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pipeline.errors import InputError
+from pipeline.errors import BudgetError, InputError
 from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ _EXPONENT = {letter: power for power, letter in enumerate("kmgtp", start=1)}
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _SAMPLE_SECONDS = 0.05
 _LIMIT = "--memory"
+_LOAD = "import mmap, numpy, zarr, zarr.storage, distributed; mmap.mmap(-1, 100 << 20)"
+_LOADED_NBYTES, _LOADED_THREAD_NBYTES = 512 * 2**20, 64 * 2**20
+"""Address space from which on nobody looks whether libraries can be loaded. They take 140 MB, and 40 MB more for each
+core but the first, for which OpenBLAS allocates."""
 
 
 def parse_size(text: str | int) -> int:
@@ -100,6 +105,28 @@ def budget(limit: int | None = None) -> Budget:
     Budget(nbytes=1000000, source='--memory')
     """
     return _least_budget(limit, Path("/proc"))
+
+
+def check_address_space() -> None:
+    """Raise BudgetError where `RLIMIT_AS` (``ulimit -v``) leaves no room for the libraries that all verbs load.
+
+    Under a low limit they are loaded in a child first: their C code ends the process, or interrupts it, where it finds
+    no memory.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY or soft >= _LOADED_NBYTES + (os.cpu_count() or 1) * _LOADED_THREAD_NBYTES:
+        return
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, stdin=subprocess.DEVNULL, check=True)  # noqa: S603
+        return
+    raise BudgetError(
+        f"not enough memory: RLIMIT_AS (ulimit -v) allows {format_size(soft)} of address space, loading NumPy and Zarr "
+        f"takes more; raise it"
+    )
 
 
 def held_nbytes() -> int:

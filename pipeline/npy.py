@@ -6,8 +6,8 @@ format, the header is padded with spaces, so that the data begin at a multiple o
 
 from __future__ import annotations
 
+import errno
 import math
-import os
 import re
 import struct
 from contextlib import suppress
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.errors import DiskSpaceError
+from pipeline.filesystem import flush, is_refused, reserve, sync_path
+from pipeline.sharing import FileArray
 from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _LABEL = b"# random-windows "
@@ -48,10 +48,10 @@ def create_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None
         with path.open("wb") as file:
             file.write(header)
             file.flush()
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, nbytes)
-            file.truncate(nbytes)
+            reserve(file.fileno(), len(header), nbytes)
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         raise DiskSpaceError(f"an output fits its disk; {path} of {format_size(nbytes)}: {error.strerror}") from error
 
 
@@ -76,18 +76,47 @@ def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return _MAGIC + struct.pack("<H", length) + text.ljust(length - 1) + b"\n"
 
 
-def map_npy(path: Path, mode: Literal["r+", "c"]) -> NDArray[Any]:
-    """Map an `.npy`: what is written into it goes to the file (`r+`), or stays in memory (`c`)."""
-    mapped: NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
-    return mapped
+def map_npy(path: Path, mode: Literal["r+", "c"]) -> Any:
+    """Map an `.npy`: what is written into it goes to the file (`r+`), or stays in memory (`c`).
+
+    Returns
+    -------
+    numpy.memmap or FileArray
+        The latter where the file system maps no files.
+    """
+    try:
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
+    except OSError as error:
+        if not is_refused(error):
+            raise
+    offset, shape, dtype = _read_header(path)
+    return FileArray(path, offset, shape, dtype, writable=mode == "r+")
+
+
+def flush_npy(array: Any, path: Path) -> None:
+    """Flush what was written into an array of `map_npy` to the disk."""
+    try:
+        array.flush()
+    except OSError as error:
+        if not is_refused(error):
+            raise
+        sync_path(path)
 
 
 def is_whole_npy(path: Path) -> bool:
     """Whether an `.npy` is as long as its header says."""
     with suppress(ValueError):
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        return bool(path.stat().st_size == mapped.offset + mapped.nbytes)
+        offset, shape, dtype = _read_header(path)
+        return path.stat().st_size == offset + math.prod(shape) * dtype.itemsize
     return False
+
+
+def _read_header(path: Path) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+    """Where the data of an `.npy` of ours begin, their shape and dtype; ValueError where its header is none."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return file.tell(), shape, dtype
 
 
 def mark_npy(path: Path, digest: str) -> None:
@@ -96,7 +125,7 @@ def mark_npy(path: Path, digest: str) -> None:
         file.seek(file.read(_HEADER_NBYTES).index(_LABEL) + len(_LABEL))
         file.write(digest.encode())
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def read_mark(path: Path) -> str | None:

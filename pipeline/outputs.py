@@ -202,7 +202,9 @@ class FolderStage:
         """See `Stage.create_group`."""
         import zarr
 
-        zarr.create_group(self.staged.output)
+        from pipeline.folderstore import FolderStore
+
+        zarr.create_group(FolderStore(self.staged.output))
 
     def create_array(self, name: str | None, **layout: Any) -> FolderWriter:
         """See `Stage.create_array`."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.capacity import active_client
 from pipeline.errors import InputError, OpenError, OutputExistsError
+from pipeline.filesystem import may_write, move_file
 from pipeline.staging import check_apart
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def check_report(path: str, inputs: Iterable[str | Path]) -> Path:
         raise InputError(f"a performance report is a web page; got {path}; name it .html")
     if not place.parent.is_dir():
         raise OpenError(f"a performance report goes into a folder that is there; {place.parent} is not; make it first")
-    if not os.access(place.parent, os.W_OK | os.X_OK):
+    if not may_write(place.parent):
         raise OpenError(
             f"a performance report goes into a folder that can be written; {place.parent} cannot; change its mode"
         )
@@ -110,7 +111,7 @@ def _save(client: Any, path: Path, begin: float, count: int, *, seconds: float) 
         )
         page = _REMOTE.sub("", page).replace("<head>", f"<head>\n    {_MARK}", 1)
         partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
+        move_file(partial, path)
     except Exception as error:  # noqa: BLE001 (see `performance_report`)
         _complain(path, error)
     finally:

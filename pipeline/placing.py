@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.errors import BudgetError, DiskSpaceError, IncompleteError, OpenError, PipelineError
 from pipeline.record import FileRecord, extend_crc32, record_entries
 from pipeline.runs import close_run, open_run, run_tasks, writing
-from pipeline.sharing import PAGE, is_memory, open_handle, share_file, share_memory
+from pipeline.sharing import PAGE, FileArray, is_memory, open_handle, share_file, share_memory
 from pipeline.sizes import MIB
 from pipeline.tasks import Receipt, make_block, name_tasks, read_slabs, read_windows
 
@@ -66,7 +66,7 @@ class Declined(NamedTuple):
     number: int
 
 
-_arrays: dict[str, NDArray[Any]] = {}
+_arrays: dict[str, NDArray[Any] | FileArray] = {}
 """Arrays that tasks of this process write into, by the id of their run."""
 # A child that is forked during a run has a copy of the array, and would write into that.
 if hasattr(os, "register_at_fork"):
@@ -80,6 +80,8 @@ def place_block(work: Work, task: Task, target: Target) -> Receipt | Unplaced | 
     array = _arrays.get(target.run)
     if array is not None:
         with writing(target.run):
+            if isinstance(array, FileArray):
+                return _write_slabs(work, task, target, made, array)
             if made is None:
                 receipt = read_windows(work, task, array, task.places)
             else:
@@ -137,7 +139,8 @@ def _with_record(receipt: Receipt, array: NDArray[Any], places: NDArray[np.int64
 class Destination:
     """An array to be filled, and how workers reach it. Made by `new_array`, `own_array` and `file_array`."""
 
-    array: NDArray[Any]
+    array: Any
+    """An array, or a `FileArray`."""
     shared: Shared | None = None
     """What workers of this host write into."""
     part_nbytes: int = 0
@@ -212,7 +215,7 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], survey: Survey, *, s
     return own_array(np.empty(shape, dtype), survey, step=step) if shared is None else Destination(shared.array, shared)
 
 
-def own_array(out: NDArray[Any], survey: Survey, *, step: int) -> Destination:
+def own_array(out: NDArray[Any] | FileArray, survey: Survey, *, step: int) -> Destination:
     """Fill an array of the caller's, which no other process can write into: through memory into which each can."""
     if survey.in_process or not survey.shares:
         return Destination(out)
@@ -222,8 +225,8 @@ def own_array(out: NDArray[Any], survey: Survey, *, step: int) -> Destination:
     return Destination(out, area, part_nbytes if area is not None else 0)
 
 
-def file_array(array: NDArray[Any], survey: Survey, *, step: int) -> Destination:
-    """Fill the map of a file; receipts tell what was written."""
+def file_array(array: np.memmap[Any, Any] | FileArray, survey: Survey, *, step: int) -> Destination:
+    """Fill an array of `map_npy`; receipts tell what was written."""
     if survey.in_process or not survey.shares or not is_large(array.shape, array.dtype):
         return replace(own_array(array, survey, step=step), recorded=True)
     return Destination(array, share_file(array), recorded=True)

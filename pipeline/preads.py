@@ -7,6 +7,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import IntegrityError, OpenError
+from pipeline.filesystem import advise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,11 +39,9 @@ def open_file(path: str, name: str) -> int:
 
 def announce(fd: int, ranges: Iterable[tuple[int, int]]) -> None:
     """Tell the kernel all ranges (offset, bytes), so that the disk works on many at once, and to read nothing else."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    advise(fd, 0, 0, "RANDOM")
     for offset, nbytes in ranges:
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        advise(fd, offset, nbytes, "WILLNEED")
 
 
 def read_fully(fd: int, buffers: list[memoryview], offset: int, nbytes: int, name: str) -> None:

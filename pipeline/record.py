@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError
+from pipeline.filesystem import flush, is_ghost, move_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -121,8 +122,8 @@ def seal_folder(root: Path, files: Iterable[FileRecord], ours: dict[str, Any]) -
     with partial.open("wb") as file:
         file.write(sealed)
         file.flush()
-        os.fsync(file.fileno())
-    partial.rename(root / METADATA)
+        flush(file.fileno())
+    move_file(partial, root / METADATA)
 
 
 def seal_document(document: bytes, files: Iterable[FileRecord], ours: dict[str, Any]) -> bytes:
@@ -177,7 +178,7 @@ def list_files(root: Path) -> Iterator[tuple[str, int]]:
     """Yield key and size of everything below a folder that is not a folder itself, links among them."""
     for folder, _, names in os.walk(root):
         base = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in names:
+        for name in (name for name in names if not is_ghost(name)):
             yield (name if base == "." else f"{base}/{name}"), Path(folder, name).lstat().st_size
 
 

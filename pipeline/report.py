@@ -74,6 +74,8 @@ class Watch:
     """Of the task that took longest."""
     filled: list[str] = field(default_factory=list)
     """Coordinates of which chunks were absent, and read as the fill value."""
+    lacking: str = ""
+    """What the output's file system refused, and was done another way or without."""
     started: float = field(default_factory=time.perf_counter)
     last: float | None = None
     """When a task of this run was done last."""

@@ -82,6 +82,15 @@ def load_intervals(path: str | Path) -> RowFile:
     return replace(loaded, values=loaded.values.reshape(-1, 2))
 
 
+def _load_npy(path: Path) -> NDArray[Any]:
+    """Load an `.npy`; `numpy.load` would allocate whatever the header of a file says that was cut."""
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(file)
+        return np.fromfile(file, dtype).reshape(shape, order="F" if fortran else "C")
+
+
 def _load(path: str | Path, what: str, form: str) -> RowFile:
     name = "standard input" if str(path) == "-" else str(path)
     path = Path(path)
@@ -92,8 +101,7 @@ def _load(path: str | Path, what: str, form: str) -> RowFile:
             # None where it is closed.
             text = "" if sys.stdin is None else sys.stdin.read()
         elif path.suffix == ".npy":
-            # Mapped first: reading would allocate whatever the header of a file says that was cut.
-            return RowFile(name, np.array(np.lib.format.open_memmap(path, mode="r")), None)
+            return RowFile(name, _load_npy(path), None)
         else:
             text = path.read_text(encoding="utf-8")
     except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError) as error:

@@ -14,10 +14,10 @@ import numpy as np
 from pipeline.arrays import FUSED_PIPELINE
 from pipeline.encoding import write_plain
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, PipelineError
+from pipeline.filesystem import sync_path
 from pipeline.layout import Files, read_layout
 from pipeline.plan import BLOCK_NBYTES
 from pipeline.record import record_file
-from pipeline.staging import sync_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,6 +73,8 @@ def create_array(
     import zarr
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
+    from pipeline.folderstore import FolderStore
+
     compressors: dict[Any, list[Any]] = {
         "zstd": [ZstdCodec(level=3)],
         "blosc": [BloscCodec(typesize=dtype.itemsize)],
@@ -89,9 +91,10 @@ def create_array(
             chunk_shape=chunk, codecs=[BytesCodec(), *after], index_codecs=[BytesCodec(), Crc32cCodec()]
         )
         after = []
+    store = FolderStore(path) if isinstance(path, Path) else path
     with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
         return zarr.create_array(
-            path,
+            store,
             name=name,
             shape=shape,
             dtype=dtype,

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline.filesystem import flush
 from pipeline.memory import count_shared
 from pipeline.sizes import MIB
 
@@ -152,6 +153,46 @@ class Writer:
             first = stop
 
 
+class FileArray(Writer):
+    """An array in a file that is written and read by system calls, entry by entry, where it cannot be mapped."""
+
+    def __init__(
+        self, path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], *, writable: bool
+    ) -> None:
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, fd)
+        status = os.fstat(fd)
+        file = OpenFile(fd, str(path), (status.st_dev, status.st_ino))
+        super().__init__([fd], Handle(os.getpid(), (file,), sys.maxsize, offset, shape, dtype))
+        self.filename, self.offset, self.shape, self.dtype = path, offset, shape, dtype
+        self.nbytes = self._handle.nbytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, places: Any) -> NDArray[Any]:
+        """Read the entries of a slice, or at an array of places."""
+        numbers = np.arange(*places.indices(len(self))) if isinstance(places, slice) else np.asarray(places)
+        out = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        nbytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = memoryview(out.reshape(-1).view(np.uint8))
+        for number, place in enumerate(numbers.tolist()):
+            target, at = data[number * nbytes : (number + 1) * nbytes], self.offset + place * nbytes
+            while target:
+                got = os.preadv(self._fds[0], [target], at)
+                if not got:
+                    raise OSError(errno.EIO, "ends too early", str(self.filename))
+                target, at = target[got:], at + got
+        return out
+
+    def __setitem__(self, places: NDArray[np.int64], entries: NDArray[Any]) -> None:
+        self.write(np.asarray(entries, self.dtype), places)
+
+    def flush(self) -> None:
+        """Flush what was written to the disk."""
+        flush(self._fds[0])
+
+
 class Shared:
     """An array that other processes may write into until it is closed. Made by `share_memory` and `share_file`."""
 
@@ -237,9 +278,8 @@ def share_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shared | None:
     return None
 
 
-def share_file(array: NDArray[Any]) -> Shared | None:
-    """Share the file that an `np.memmap` maps, C-contiguous; None where the system has no means."""
-    assert isinstance(array, np.memmap)
+def share_file(array: np.memmap[Any, Any] | FileArray) -> Shared | None:
+    """Share the file of an array, C-contiguous; None where the system has no means."""
     assert array.filename is not None
     fds: list[int] = []
     with suppress(OSError, AttributeError), _closing_on_error(fds):

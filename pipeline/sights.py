@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.arrays import local_folder
+from pipeline.filesystem import may_write
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import PlainFiles
 from pipeline.locations import name_store, plain, say_failure, store_error
@@ -68,8 +69,7 @@ class FolderSight:
         """See `Sight.look`."""
         if not os.path.isdir(self.path):  # noqa: PTH112
             return f"{self.path}: No such folder"
-        mode = os.R_OK | os.X_OK | (os.W_OK if self.written else 0)
-        if os.access(self.path, mode):
+        if may_write(Path(self.path)) if self.written else os.access(self.path, os.R_OK | os.X_OK):
             return ""
         return f"{self.path}: it may not be {'written' if self.written else 'read'}"
 

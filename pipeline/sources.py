@@ -24,7 +24,7 @@ from pipeline.arrays import (
 )
 from pipeline.attributes import array_labels
 from pipeline.conventions import Labels, common_labels, decoding
-from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
+from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, find_shortage
 from pipeline.files import FileStamp, check_rows, read_runs
 from pipeline.locations import Url, is_store_failure, locate, name_store, plain, say_failure, store_error
 
@@ -184,7 +184,7 @@ class ZarrSource:
             name = name_store(self.array.store_path)
             if local_folder(self.array) is None and is_store_failure(error):
                 raise store_error("a source can be read", f"rows [{start}, {stop}) of {name}", error) from plain(error)
-            raise IntegrityError(
+            raise find_shortage(error) or IntegrityError(
                 f"every chunk of a source must be there and readable; rows [{start}, {stop}) of {name} are not "
                 f"({say_failure(error)}); restore the array, or write it again with write_empty_chunks=True"
             ) from plain(error)

@@ -2,25 +2,20 @@
 
 While it is made, the folder `OUT.partial` holds:
 
-    lock        held by the run that writes; it ends with its process
-    holder      who that is, for the message of another
+    lock ...    says which run writes; see `holding`
     journal     the request, and every finished task
     output-ID   the file or folder that becomes OUT; each run renames what it goes on with, so that a task of an earlier
                 one, whose worker does not know that its run has ended, finds nothing to write into
     replaced    the output that stood at OUT, where it is to be replaced and names cannot be exchanged at once
+    moving      that OUT appears file by file, on a file system that renames no folders
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
-import json
 import os
-import platform
 import re
-import shutil
-import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,22 +23,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
+from pipeline.filesystem import (
+    count_free,
+    is_ghost,
+    link_file,
+    may_write,
+    move_file,
+    move_files,
+    note_refusal,
+    remove,
+    rename,
+    sync_path,
+)
+from pipeline.holding import NAMES, hold, refuse_held
 from pipeline.journal import Journal
 from pipeline.locations import locate
 from pipeline.npy import is_whole_npy, read_mark
-from pipeline.record import list_files, read_record, record_file
+from pipeline.record import METADATA, list_files, read_record, record_file
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from pipeline.holding import Hold
     from pipeline.journal import Request
     from pipeline.locations import Location, Url
     from pipeline.record import FileRecord
 
 _AT_FDCWD, _EXCHANGE = -100, 2
 """Of `renameat2(2)`."""
-_STAGED = re.compile("lock|holder|journal|journal.partial|output-[0-9a-f]{8}|replaced")
+_HELD = re.compile(NAMES)
+_STAGED = re.compile(rf"{NAMES}|journal|journal.partial|output-[0-9a-f]{{8}}|replaced|moving")
 _LEFT = re.compile(r".*\.[0-9a-f]{32}\.partial")
 """Files that a worker was writing when it ended, ours and zarr's: their tasks were run again."""
 
@@ -51,12 +61,13 @@ _LEFT = re.compile(r".*\.[0-9a-f]{32}\.partial")
 class Stage:
     """An output that is being made."""
 
-    def __init__(self, folder: Path, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self, folder: Path, journal: Journal, held: Hold) -> None:
+        self._journal, self._held = journal, held
         self.output = folder / f"output-{uuid.uuid4().hex[:8]}"
         """The file or folder to be made; what an earlier run wrote is there."""
         for earlier in _outputs(folder):
-            earlier.rename(self.output)
+            if not rename(earlier, self.output):
+                self.output = earlier
         self.cut = journal.cut
         """Units of a task; those of the earlier run, where there was one."""
         self.tasks = 0
@@ -69,6 +80,7 @@ class Stage:
 
     def finish(self, *tasks: tuple[int, tuple[FileRecord, ...]]) -> None:
         """Note tasks as finished: their bytes are on the disk, and were read back."""
+        self._held.check()
         self._journal.append(tasks)
 
     def check_kept(self) -> None:
@@ -139,14 +151,14 @@ def stage_output(
     """
     check_destination(path, nbytes=nbytes, resume=resume, overwrite=overwrite)
     partial = _partial(path)
-    with _appearing(partial):
-        partial.mkdir(exist_ok=resume or overwrite)
-    with _locked(partial):
+    with hold(partial) as held:
         earlier = Journal.read(partial / "journal")
         kept, tasks, begun, complete = 0 if earlier is None else len(earlier.done), 0, False, False
         try:
+            _finish_moving(partial, path)
             _restore_replaced(partial, path)
-            stage = Stage(partial, _begin_journal(partial, earlier, request, cut, resume=resume, overwrite=overwrite))
+            journal = _begin_journal(partial, earlier, request, cut, resume=resume, overwrite=overwrite)
+            stage = Stage(partial, journal, held)
             begun = True
             if not stage.output.is_file():
                 stage.check_kept()
@@ -155,17 +167,18 @@ def stage_output(
             finally:
                 kept, tasks = len(stage.done), stage.tasks
             _sync_tree(stage.output)
+            held.check()
             _put_in_place(stage.output, path, overwrite=overwrite)
             complete = True
             sync_path(path.parent)
-            _discard(partial)
+            _discard(partial, held)
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None and not isinstance(error, PipelineError):
                 error.filename = str(partial)
             if complete:
                 error.add_note(f"{path} is complete all the same")
             elif not kept:
-                _discard(partial)
+                _discard(partial, held)
             elif begun or not isinstance(error, OutputExistsError):
                 flags = "--resume --overwrite" if _is_taken(path) else "--resume"
                 error.add_note(say_kept(kept, tasks, flags))
@@ -221,11 +234,11 @@ def is_finished(path: Path, request: Request) -> bool:
             )
     partial = _partial(path)
     if _is_taken(partial) and _is_remains(partial):
-        with _locked(partial):
+        with hold(partial) as held:
             journal = Journal.read(partial / "journal")
             # Those of another request are somebody's work.
             if journal is None or not request.differences(journal.facts):
-                _discard(partial)
+                _discard(partial, held)
     return True
 
 
@@ -261,9 +274,10 @@ def _begin_journal(
                 f"a run resumes one of the same request; that of {partial} differs in {', '.join(differs)}; ask for "
                 f"the same, or start anew with --overwrite"
             )
+    if _is_begun(partial) and not (resume or overwrite):
+        raise _remains_error(partial)
     for each in [partial / "journal", partial / "journal.partial", *_outputs(partial)]:
-        if _is_taken(each):
-            _remove(each)
+        remove(each)
     return Journal.create(path, request, cut)
 
 
@@ -276,47 +290,6 @@ def _appearing(path: Path) -> Iterator[None]:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise OutputExistsError(f"an output is written once; {path} appeared meanwhile; name another") from error
         raise
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Hold the operating system's lock on what is being staged: it ends with its holder.
-
-    The lock's file goes with the folder, so whoever waited for one that is gone must see that: hence not filelock.
-    """
-    lock, holder = partial / "lock", partial / "holder"
-    fd = -1
-    try:
-        try:
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(fd), lock.stat())
-        except OSError as error:
-            if not isinstance(error, BlockingIOError | FileNotFoundError):
-                raise
-            same = False
-        if not same:
-            who = ""
-            with suppress(OSError, ValueError):
-                who = ": " + ", ".join(f"{key} {value}" for key, value in json.loads(holder.read_text()).items())
-            raise OutputExistsError(
-                f"one run writes an output at a time; another writes {partial}{who}; wait, or name another"
-            )
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(json.dumps({"process": os.getpid(), "host": platform.node(), "since": now}))
-        yield
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-def sync_path(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _sync_tree(output: Path) -> None:
@@ -355,30 +328,37 @@ def check_destination(path: Path, *, nbytes: int, resume: bool = False, overwrit
         raise InputError(f"an output has a name; got {str(path)!r}; give one such as windows.zarr")
     if not path.parent.is_dir():
         raise OpenError(f"an output goes into a folder that is there; {path.parent} is not; make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
+    if not may_write(path.parent):
         raise OpenError(f"an output goes into a folder that can be written; {path.parent} cannot; change its mode")
     partial = _partial(path)
-    if _is_taken(path) and not overwrite:
+    refuse_held(partial)
+    taken = _is_taken(path) and not _is_moving(partial, path)
+    if taken and not overwrite:
         what = "exists, of another request" if resume else "exists"
         flags = "--overwrite (overwrite=True)"
-        if _is_taken(partial):
+        if _is_begun(partial):
             flags = "--resume --overwrite to go on with what is kept"
         raise OutputExistsError(f"an output is written once; {path} {what}; name another, or pass {flags}")
-    if _is_taken(partial) and not (overwrite or resume):
-        raise OutputExistsError(
-            f"an output is written once; {partial} holds an interrupted run's remains; pass --resume to go on with "
-            f"it, or --overwrite to start anew"
-        )
-    if _is_taken(path) and not _is_ours(path):
+    if _is_begun(partial) and not (overwrite or resume):
+        raise _remains_error(partial)
+    if taken and not _is_ours(path):
         raise OutputExistsError(
             f"only an output of ours is replaced; {path} is none; name another, or remove it yourself"
         )
     there = _check_remains(partial) if _is_taken(partial) else 0
-    free = shutil.disk_usage(path.parent).free + there
-    if nbytes > free:
+    free = count_free(path.parent)
+    if free is not None and nbytes > free + there:
         raise DiskSpaceError(
-            f"an output fits its disk; {path} takes {format_size(nbytes)}, the disk has {format_size(free)}; free some"
+            f"an output fits its disk; {path} takes {format_size(nbytes)}, the disk has {format_size(free + there)}; "
+            f"free some"
         )
+
+
+def _remains_error(partial: Path) -> OutputExistsError:
+    return OutputExistsError(
+        f"an output is written once; {partial} holds an interrupted run's remains; pass --resume to go on with it, or "
+        f"--overwrite to start anew"
+    )
 
 
 def _check_remains(partial: Path) -> int:
@@ -395,15 +375,19 @@ def _outputs(partial: Path) -> list[Path]:
     return sorted(partial.glob("output-*"))
 
 
-def _discard(partial: Path) -> None:
-    """Remove all that was staged, the lock last: who comes meanwhile is kept out by it."""
+def _discard(partial: Path, held: Hold) -> None:
+    """Remove all that was staged, and last what says who writes: who comes meanwhile is kept out by it."""
     for each in partial.iterdir():
-        if each.name != "lock":
-            _remove(each)
-    (partial / "lock").unlink()
-    # Whoever came between has made a lock of its own.
-    with suppress(OSError):
-        partial.rmdir()
+        if not (_HELD.fullmatch(each.name) or is_ghost(each.name)):
+            remove(each)
+    held.discard()
+
+
+def _is_begun(partial: Path) -> bool:
+    """Whether anything is where an output is staged but who writes it, or wrote it, and files that are gone."""
+    if not _is_taken(partial) or partial.is_symlink() or not partial.is_dir():
+        return _is_taken(partial)
+    return not all(_HELD.fullmatch(each.name) or is_ghost(each.name) for each in partial.iterdir())
 
 
 def _is_taken(path: Path) -> bool:
@@ -435,33 +419,20 @@ def _is_remains(partial: Path) -> bool:
     """Whether `partial` is what an interrupted run of ours left."""
     if partial.is_symlink() or not partial.is_dir():
         return False
-    return all(_STAGED.fullmatch(each.name) for each in partial.iterdir())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    return all(_STAGED.fullmatch(each.name) or is_ghost(each.name) for each in partial.iterdir())
 
 
 def _put_in_place(output: Path, path: Path, *, overwrite: bool) -> None:
     """Rename what is complete; what stood there before, if it may be replaced, is there until the new one is."""
     if overwrite and _is_taken(path):
         _exchange(output, path, aside=output.with_name("replaced"))
-    elif output.is_dir():
-        with _appearing(path):
-            output.rename(path)
-    else:
-        with _appearing(path):
-            try:
-                # A rename would replace a file that has appeared meanwhile; a link does not.
-                path.hardlink_to(output)
-            except OSError as error:
-                if error.errno == errno.EEXIST or _is_taken(path):
-                    raise
-                # A file system without links.
-                output.rename(path)
+        return
+    with _appearing(path):
+        if not output.is_dir():
+            # A rename would replace a file that has appeared meanwhile; a link does not.
+            link_file(output, path)
+        elif not rename(output, path):
+            _move_by_files(output, path)
 
 
 def _exchange(new: Path, old: Path, *, aside: Path) -> None:
@@ -469,13 +440,48 @@ def _exchange(new: Path, old: Path, *, aside: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None and not renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _EXCHANGE):
         return
+    if not rename(old, aside):
+        if new.is_dir():
+            _move_by_files(new, old)
+        else:
+            move_file(new, old)
+        return
     try:
-        old.rename(aside)
-        new.rename(old)
+        if not rename(new, old):
+            _move_by_files(new, old)
     except BaseException:
         if not _is_taken(old):
             aside.rename(old)
         raise
+
+
+def _move_by_files(output: Path, path: Path) -> None:
+    """Put a folder into its place where folders cannot be renamed: it is whole once its metadata, the last, are there.
+
+    What stood there goes before; all that is to take its place lies beside it, finished.
+    """
+    note_refusal(output, "rename of folders", "the output took its place file by file, its metadata last")
+    output.with_name("moving").touch()
+    if path.is_dir():
+        (path / METADATA).unlink(missing_ok=True)
+        remove(path)
+    path.mkdir(exist_ok=True)
+    move_files(output, path, last=METADATA)
+
+
+def _is_moving(partial: Path, path: Path) -> bool:
+    """Whether what is at `path` is an output of ours that a run was putting there file by file when it ended."""
+    return (partial / "moving").exists() and path.is_dir() and not (path / METADATA).exists()
+
+
+def _finish_moving(partial: Path, path: Path) -> None:
+    """Take back what an earlier run has put at `path` of an output whose last file it did not."""
+    if _is_moving(partial, path):
+        output = next(iter(_outputs(partial)), partial / "output-00000000")
+        output.mkdir(exist_ok=True)
+        move_files(path, output, last=METADATA)
+        remove(path)
+    remove(partial / "moving")
 
 
 def _restore_replaced(partial: Path, path: Path) -> None:
@@ -484,7 +490,7 @@ def _restore_replaced(partial: Path, path: Path) -> None:
     if not _is_taken(replaced):
         return
     if _is_taken(path):
-        _remove(replaced)
+        remove(replaced)
         return
     replaced.rename(path)
     sync_path(path.parent)

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.arrays import read_key
 from pipeline.decoding import touched_units
 from pipeline.errors import IntegrityError, OpenError
+from pipeline.files import change_time
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Files, PlainFiles, array_files
 from pipeline.locations import name_store
@@ -219,7 +220,7 @@ class _Stats:
     sizes: NDArray[np.int64]
     """(n,) bytes, or `_ABSENT`."""
     changed: NDArray[np.int64]
-    """(n,) times of the last change, in ns."""
+    """(n,) times of the last change; see `change_time`."""
 
     @classmethod
     def take(cls, root: str, names: tuple[str, ...]) -> Self:
@@ -260,7 +261,7 @@ def _look(root: str, names: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray
             raise OpenError(f"a source can be looked at; {root}/{name}: {error.strerror}; check it") from error
         else:
             sizes.append(status.st_size)
-            changed.append(status.st_mtime_ns)
+            changed.append(change_time(status))
     return np.array(sizes, np.int64), np.array(changed, np.int64)
 
 

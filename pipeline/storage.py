@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.arrays import hurried, read_key
 from pipeline.errors import IntegrityError, OpenError, PipelineError
 from pipeline.fetching import concurrency, gather, in_order
+from pipeline.filesystem import advise
 from pipeline.keys import list_keys
 from pipeline.locations import name_store, plain, store_error
 
@@ -130,8 +131,7 @@ class Folder:
                 # To open a FIFO would wait for its writer.
                 raise IntegrityError("is a folder" if stat.S_ISDIR(status.st_mode) else "is no file")
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                advise(file.fileno(), 0, 0, "SEQUENTIAL")
                 yield _OpenFile(file, os.fstat(file.fileno()).st_size)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise IntegrityError("is a link to nothing" if os.path.islink(path) else "is gone") from error  # noqa: PTH114

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.filesystem import count_free
 from pipeline.locations import Url
 from pipeline.report import STAGES, name_limit, say_filled, share_seconds
 from pipeline.sizes import count_of, format_size
@@ -340,6 +340,7 @@ def _tasks(watch: Watch) -> dict[str, Any]:
         "tasks_kept": watch.kept_tasks,
         "retries": watch.retries,
         "finished_before": watch.tasks == 0,
+        "file_system_lacks": watch.lacking or None,
     }
 
 
@@ -367,12 +368,13 @@ def _resources(nbytes: float, measures: Measures) -> dict[str, Any]:
 
 
 def _resumed(watch: Watch) -> dict[str, str]:
-    """Say what an earlier run had done of this one."""
+    """Say what an earlier run had done of this one, and what the output's file system did not."""
+    facts = {"file system": watch.lacking} if watch.lacking else {}
     if not watch.tasks:
-        return {"resumed": "nothing was left to do: the output of this very request is there, finished"}
-    if not watch.kept_tasks:
-        return {}
-    return {"resumed": f"{watch.kept_tasks:,} of {count_of(watch.tasks, 'task')} were finished before"}
+        facts["resumed"] = "nothing was left to do: the output of this very request is there, finished"
+    elif watch.kept_tasks:
+        facts["resumed"] = f"{watch.kept_tasks:,} of {count_of(watch.tasks, 'task')} were finished before"
+    return facts
 
 
 def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
@@ -392,7 +394,7 @@ def _run_facts(numbers: dict[str, Any]) -> dict[str, str]:
 
 def _free_nbytes(location: Location) -> int | None:
     """Room where an output goes; None on an object store."""
-    return shutil.disk_usage(location.parent).free if isinstance(location, Path) else None
+    return count_free(location.parent) if isinstance(location, Path) else None
 
 
 def _say_free(free: int | None) -> str:

@@ -14,6 +14,7 @@ from pipeline.capacity import active_client, count_threads, fit_memory, shares_m
 from pipeline.columns import window_rows
 from pipeline.conventions import Labels, cast_attributes
 from pipeline.errors import InputError
+from pipeline.filesystem import say_refusals
 from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
 from pipeline.journal import Request, digest_array
@@ -296,6 +297,7 @@ class Storing:
                     ours["members"] = {member.name: member.plan.matrix.path for member in self.members}
                 files = [*beside, *chain.from_iterable(stage.done.values())]
                 stage.seal(files, ours | {"request": request.facts})
+        watch.lacking = say_refusals(self.output.place)
         return self.output.open_group()
 
     def _write(self, stage: Stage, watch: Watch, at_once: int) -> list[FileRecord]:

@@ -90,6 +90,11 @@ def test_0(cli, here, verb):
     assert "error" not in said.numbers
 
 
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 RAISED = [
     *((getattr(pipeline, name)("rule; what; way out"), getattr(pipeline, name).exit_code, "rule; what; way out") for name in pipeline.__all__ if name.endswith("Error")),
     (ZeroDivisionError("by zero"), 1, "a bug of ours; ZeroDivisionError: by zero"),
@@ -100,6 +105,12 @@ RAISED = [
     (PermissionError(errno.EACCES, "Permission denied", "a.txt"), 3, "a.txt"),
     (OSError(errno.EMFILE, "Too many open files"), 3, "Too many open files"),
     (MemoryError(), 5, "memory"),
+    (ImportError("a.so: failed to map segment from shared object"), 5, "a.so: failed to map segment"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 5, "Cannot allocate memory"),
+    (RuntimeError("can't start new thread"), 5, "can't start new thread"),
+    (caused(pipeline.OpenError("metadata"), ImportError("b.so: failed to map segment")), 5, "b.so: failed"),
+    (caused(ValueError("a"), MemoryError("Unable to allocate 8 EiB")), 5, "Unable to allocate 8 EiB"),
+    (caused(pipeline.IntegrityError("broken"), MemoryError()), 4, "broken"),
     (OSError(errno.ENOSPC, "No space left on device", "a.txt"), 5, "a.txt"),
     (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "quota"),
     (KeyboardInterrupt(), 130, "interrupted"),
@@ -286,3 +297,19 @@ def test_module_and_program_are_one(program, samples):
     done = subprocess.run(line, cwd=samples, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     again = console(program, samples, "info B.zarr --json")
     assert (done.returncode, done.stdout, done.stderr) == (again.returncode, again.stdout, again.stderr)
+
+
+@pytest.mark.parametrize("mebibytes", [60, 100, 150, 200, 300, 400, 600])
+@pytest.mark.parametrize("verb", ["info", "run", "config"])
+def test_too_little_address_space(program, samples, verb, mebibytes):
+    resource = pytest.importorskip("resource")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (mebibytes << 20, mebibytes << 20))
+
+    words = {"info": [samples / "A.zarr"], "run": [samples / "A.zarr", "--count", "9"], "config": []}[verb]
+    done = subprocess.run([program, verb, *words], capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.returncode in (0, 5), done.stderr
+    if done.returncode:
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert done.returncode == 5 or mebibytes > 150

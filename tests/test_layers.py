@@ -53,8 +53,10 @@ LAYERS = [
     "buckets references netcdf",
     "keys",
     "chunks",
-    "fetching identity journal manifest notice npy sharing stores",
+    "fetching identity journal manifest notice npy stores",
+    "folderstore holding sharing",
     "conventions credentials files locations markup memory preads record rowfiles",
+    "filesystem",
     "errors formats exits pages signals sizes",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
@@ -79,7 +81,7 @@ OUTSIDE = {
     "tornado": "dashboard local",
     "tqdm": "progress",
     "yaml": "clusterfile",
-    "zarr": "arrays attributes bench buckets counting create dataset decoders decoding fetching inspection keys layout matrices matrix outputs publication ranged readers recording settings shards sights sources stamps storage stores targets uploads verification writeback",
+    "zarr": "arrays attributes bench buckets counting create dataset decoders decoding fetching folderstore inspection keys layout matrices matrix outputs publication ranged readers recording settings shards sights sources stamps storage stores targets uploads verification writeback",
 }
 """Modules that may import what is heavy or has a home of its own; NumPy and the standard library are for all."""
 

@@ -20,7 +20,7 @@ import pytest
 import zarr
 
 import pipeline
-from pipeline import staging
+from pipeline import holding, staging
 from pipeline.collect import prepare_gathering
 from pipeline.create import plan_creation
 from pipeline.journal import Journal, Request
@@ -277,15 +277,15 @@ def test_a_second_run_is_kept_out_and_told_who_writes(folder: Path) -> None:
 
 def test_a_lock_that_went_with_its_folder_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request({"kind": "test"})
-    real = staging.fcntl.flock
+    real = holding.fcntl.flock
 
     def finish_meanwhile(fd: int, how: int) -> None:
         shutil.rmtree(tmp_path / "w.npy.partial")
         real(fd, how)
 
-    monkeypatch.setattr(staging.fcntl, "flock", finish_meanwhile)
+    monkeypatch.setattr(holding.fcntl, "flock", finish_meanwhile)
     with (
-        pytest.raises(pipeline.OutputExistsError, match="another writes"),
+        pytest.raises(pipeline.OutputExistsError, match="another run is writing"),
         staging.stage_output(tmp_path / "w.npy", request, cut=1, nbytes=0, resume=False, overwrite=False),
     ):
         pytest.fail("the lock was of no use")
@@ -443,7 +443,7 @@ def test_the_note_says_how_to_go_on(folder: Path) -> None:
 
 
 def test_a_failure_after_the_end_says_that_the_output_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_partial: Path) -> None:
+    def fail(_partial: Path, _held: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

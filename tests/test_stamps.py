@@ -121,6 +121,43 @@ def remove(path):
     path.unlink()
 
 
+SECONDS = {"1902": -2_145_000_000, "1969": -1, "2262": 2**63 // 10**9, "2300": 10_413_792_000, "2445": 15_000_000_000}
+"""Times that file systems know, by their years: ext4 ends in 2446, NumPy's nanoseconds in 2262."""
+
+
+@pytest.mark.parametrize("seconds", SECONDS.values(), ids=SECONDS)
+@pytest.mark.parametrize("name", SOURCES)
+def test_any_time_of_a_file_is_as_good(name, seconds, folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, ns=(0, seconds * 10**9 + 7))
+            if path.stat().st_mtime_ns != seconds * 10**9 + 7:
+                pytest.skip("the file system has no such times")
+    source = opened(folder, name)
+    stamp = stamp_source(source)
+    pickle.loads(pickle.dumps(stamp)).check()
+    assert stamp_source(opened(folder, name)).digest == stamp.digest
+    path = folder / SOURCES[name][2]
+    touch(path)
+    with pytest.raises(pipeline.IntegrityError, match=re.escape(str(path))):
+        stamp.check()
+    assert stamp_source(opened(folder, name)).digest != stamp.digest
+
+
+@pytest.mark.parametrize("seconds", SECONDS.values(), ids=SECONDS)
+@pytest.mark.parametrize("name", ["shards.zarr", "A.npy", "plain.h5"])
+def test_runs_on_files_of_any_time(name, seconds, folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, ns=(0, seconds * 10**9 + 7))
+    plan = pipeline.plan_windows(pipeline.open_matrix(folder / name), STARTS, length=LENGTH)
+    windows = pipeline.gather(plan)
+    np.testing.assert_array_equal(pipeline.gather(plan, out=folder / "w.npy"), windows)
+    np.testing.assert_array_equal(pipeline.store(plan, folder / "w.zarr")["windows"][:], windows)
+    made = pipeline.create_matrix(folder / name, folder / "made.zarr")
+    np.testing.assert_array_equal(made.array[:], pipeline.create_matrix(folder / name, folder / "again.zarr").array[:])
+
+
 @pytest.mark.parametrize("change", [touch, cut, remove])
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_that_changed_is_named(name, change, folder):
