@@ -1,52 +1,47 @@
-"""Rows of HDF5 data sets, decoded on all cores in spite of the one lock of libhdf5.
+"""Rows of HDF5 data sets, decoded on all cores where the one lock of libhdf5 allows it.
 
-h5py takes a global lock around everything, decompression included. Three ways around it, by what the file says:
+h5py takes a global lock around everything, decompression included. Three ways to read, by what the file says:
 
 - A contiguous data set is plain bytes at an offset of the file: `describe` reports the offset and h5py is not needed.
 - Chunks with well-known filters: only the compressed bytes are fetched under the lock; they are decoded outside of it.
-- Anything else (LZF, SZIP, scale-offset, virtual data sets, external links) only h5py can read. Helper processes with a
-  lock each do it, and send rows through a pipe. They are plain subprocesses that run this module: unlike
-  `multiprocessing` that works in daemonic workers and in scripts without a ``__main__`` guard. A helper is kept for the
-  next read, since importing h5py costs as much as decoding tens of megabytes, and ends with the process that started
-  it, however that ends: its standard input closes.
+- h5py reads anything else under its lock: other filters (plug-ins too), virtual data sets, external links, chunks that
+  were never written, chunks at the edge that skip the filters. `connect(processes=True)` gives each worker a lock.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import io
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
-import zlib
-from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import IncompleteError, InputError, IntegrityError, NotFoundError, OpenError, PipelineError
+from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, PipelineError
 from pipeline.files import FileStamp, check_rows
+from pipeline.filters import (
+    FAILURES,
+    absent_filters,
+    can_decode,
+    check_filters,
+    filter_error,
+    filters_edges,
+    load_plugins,
+    undo_filter,
+)
 from pipeline.netcdf import read_labels
 from pipeline.references import Reference, find_references, hold, open_hdf5
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from pipeline.conventions import Labels
 
-_DEFLATE, _SHUFFLE, _FLETCHER32, _BLOSC, _ZSTD = 1, 2, 3, 32001, 32015
-"""Registered identifiers of the filters that are decoded here."""
-
-_HELPER_BYTES = 1 << 20
-"""Reads of less than this are not worth a helper process."""
+_PIECE_BYTES = 4 << 20
+"""Bytes that h5py reads in one call: other threads wait for its lock only so long."""
 
 _LISTED = 10
 """Names that an error message lists at most."""
@@ -72,6 +67,8 @@ class Hdf5Dataset:
     """Shape of a chunk; None if the data set has no chunks of its own."""
     filters: tuple[tuple[int, int], ...] | None
     """(identifier, first parameter) in the order of writing; None if only h5py can read the data set."""
+    edges_filtered: bool
+    """Whether chunks that reach past the edge are known to be filtered like all others."""
     nbytes: int
     """Bytes that the data take in the file."""
     labels: Labels = field(compare=False)
@@ -118,8 +115,8 @@ class Hdf5Source:
         ------
         IntegrityError
             If the file changed since it was opened, or a chunk cannot be read or decoded.
-        IncompleteError
-            If a helper process dies.
+        OpenError
+            If a filter of HDF5 is not available in this process.
         IndexError
             If not ``0 <= start <= stop <= rows``.
         """
@@ -129,30 +126,20 @@ class Hdf5Source:
             return self._decode_rows(start, stop)
         data = self.data
         with open_hdf5(data.stamp.path) as file, hold(file, data.name, data.references, self.axis, start, stop):
-            return self._ask_rows(start, stop)
+            return self._ask_rows(file, start, stop)
 
-    def _ask_rows(self, start: int, stop: int) -> NDArray[Any]:
+    def _ask_rows(self, file: Any, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop), by h5py alone."""
+        axis = self.axis
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        request: dict[str, Any] = {
-            "path": str(self.data.stamp.path),
-            "name": self.data.name,
-            "axis": self.axis,
-            "start": start,
-            "stop": stop,
-            "chunk_rows": self.chunk_rows,
-        }
-        try:
-            if out.nbytes < _HELPER_BYTES:
-                done = 0
-                for piece in _iter_pieces(**request):
-                    out[done : done + len(piece)] = piece
-                    done += len(piece)
-            else:
-                _read_in_helper(request, out)
-        except PipelineError:
-            raise
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise self._broken(f"rows [{start}, {stop})", error) from error
+        row_nbytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        # Cut where chunks end, so that none is decoded twice.
+        step = self.chunk_rows * max(1, _PIECE_BYTES // (row_nbytes * self.chunk_rows))
+        cuts = [start, *range(start // step * step + step, stop, step), stop]
+        dataset = file[self.data.name]
+        for first, last in itertools.pairwise(cuts):
+            block = self._ask(file, dataset, (slice(None),) * axis + (slice(first, last),), f"rows [{start}, {stop})")
+            out[first - start : last - start] = np.moveaxis(block, axis, 0)
         return out
 
     def _decode_rows(self, start: int, stop: int) -> NDArray[Any]:
@@ -165,8 +152,7 @@ class Hdf5Source:
         chunk_rows = data.chunks[axis]
         grid[axis] = range(start // chunk_rows * chunk_rows, stop, chunk_rows)
         with open_hdf5(data.stamp.path) as file:
-            dataset = file[data.name]
-            fill = dataset.fillvalue
+            dataset = file[self.data.name]
             for corner in itertools.product(*grid):
                 # In a frame of the data set: where the chunk lies, and the part of it that was asked for.
                 stops = [min(c + n, size) for c, n, size in zip(corner, data.chunks, data.shape, strict=True)]
@@ -175,35 +161,68 @@ class Hdf5Source:
                 target[axis] = slice(first - start, last - start)
                 part = [slice(0, s - c) for c, s in zip(corner, stops, strict=True)]
                 part[axis] = slice(first - corner[axis], last - corner[axis])
-                try:
-                    chunk = self._read_chunk(dataset, corner)
-                except (OSError, RuntimeError, ValueError, zlib.error) as error:
-                    raise self._broken(f"the chunk at {corner}", error) from error
-                out[tuple(target)] = fill if chunk is None else chunk[tuple(part)]
+                out[tuple(target)] = self._read_part(file, dataset, corner, part)
         return np.moveaxis(out, axis, 0)
 
+    def _read_part(self, file: Any, dataset: Any, corner: tuple[int, ...], part: Sequence[slice]) -> NDArray[Any]:
+        """Return a part of a chunk: decoded here, or by h5py where the chunk is absent or is stored in another way."""
+        data = self.data
+        assert data.chunks is not None
+        what = f"the chunk at {corner}"
+        failure: Exception | None = None
+        if data.edges_filtered or all(
+            c + n <= size for c, n, size in zip(corner, data.chunks, data.shape, strict=True)
+        ):
+            try:
+                chunk = self._read_chunk(dataset, corner)
+            except IntegrityError:
+                raise
+            except FAILURES as error:
+                failure = error
+            else:
+                if chunk is not None:
+                    return chunk[tuple(part)]
+        where = tuple(slice(c + p.start, c + p.stop) for c, p in zip(corner, part, strict=True))
+        try:
+            return self._ask(file, dataset, where, what)
+        except PipelineError:
+            if failure is None:
+                raise
+            raise self._broken(what, failure) from failure
+
+    def _ask(self, file: Any, dataset: Any, where: tuple[slice, ...], what: str) -> NDArray[Any]:
+        """Read a part of the data set by h5py, under its lock."""
+        load_plugins(dataset)
+        try:
+            values: NDArray[Any] = dataset[where]
+        except FAILURES as error:
+            # Either a filter is not available, or the file is damaged.
+            absent = absent_filters(file, self.data.name)
+            if absent:
+                raise filter_error(file, self.data.name, absent) from error
+            raise self._broken(what, error) from error
+        return values
+
     def _read_chunk(self, dataset: Any, corner: tuple[int, ...]) -> NDArray[Any] | None:
-        """Return a whole decoded chunk, or None for one that was never written."""
+        """Return a whole decoded chunk, or None where its bytes cannot be fetched, as of one that was never written."""
         data = self.data
         assert data.filters is not None
         assert data.chunks is not None
         try:
             mask, raw = dataset.id.read_direct_chunk(corner)
         except (OSError, RuntimeError):
-            # Asked only now: this look-up walks the whole index of chunks.
-            if dataset.id.get_chunk_info_by_coord(corner).byte_offset is None:
-                return None
-            raise
+            return None
         size = math.prod(data.chunks) * data.dtype.itemsize
         for position, (identifier, parameter) in reversed(tuple(enumerate(data.filters))):
             if not mask >> position & 1:
-                raw = _undo_filter(identifier, parameter, raw, size)
-        chunk: NDArray[Any] = np.frombuffer(raw, np.uint8)
-        if chunk.nbytes != size:
-            raise ValueError(f"it holds {chunk.nbytes} bytes instead of {size}")
+                raw = undo_filter(identifier, parameter, raw, size)
+        # As libhdf5 does, which would also read on, behind a chunk that is too short.
+        chunk: NDArray[Any] = np.frombuffer(raw, np.uint8)[:size]
+        if chunk.nbytes < size:
+            raise self._broken(f"the chunk at {corner}", f"it holds {chunk.nbytes} bytes instead of {size}")
         return chunk.view(data.dtype).reshape(data.chunks)
 
-    def _broken(self, what: str, error: Exception) -> IntegrityError:
+    def _broken(self, what: str, error: Exception | str) -> IntegrityError:
         text = " ".join(str(error).split())
         return IntegrityError(
             f"every chunk of a source must be readable; {what} of {self.data.stamp.path}::{self.data.name} "
@@ -255,7 +274,13 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
         properties = dataset.id.get_create_plist()
         offset = dataset.id.get_offset() if plain else None
         filters = [properties.get_filter(i) for i in range(properties.get_nfilters())]
-        known = plain and dataset.chunks is not None and _can_decode(filters)
+        nbytes = dataset.id.get_storage_size()
+        if not nbytes and not dataset.is_virtual and properties.fill_value_defined() == h5py.h5d.FILL_VALUE_UNDEFINED:
+            raise OpenError(f"{path}::{name} was never written, and has no fill value; name another data set")
+        # Where no chunk was ever written, h5py takes the size of one from memory that nobody has set.
+        known = plain and dataset.chunks is not None and nbytes > 0 and can_decode(filters)
+        if not known:
+            check_filters(file, name, dataset)
         return Hdf5Dataset(
             stamp=stamp,
             references=references,
@@ -266,7 +291,8 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
             offset=offset,
             chunks=dataset.chunks,
             filters=tuple((f[0], f[2][0] if f[2] else 0) for f in filters) if known else None,
-            nbytes=dataset.id.get_storage_size(),
+            edges_filtered=known and filters_edges(properties),
+            nbytes=nbytes,
             labels=read_labels(dataset),
         )
 
@@ -300,133 +326,3 @@ def _list_names(names: Sequence[str]) -> str:
     return f"it holds {', '.join(names[:_LISTED])}" + (
         f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     )
-
-
-def _can_decode(filters: Sequence[tuple[int, int, tuple[int, ...], bytes]]) -> bool:
-    identifiers = [f[0] for f in filters]
-    # Behind a checksum the bytes are no whole elements any more, which HDF5 shuffles in a way of its own.
-    return {*identifiers} <= {_DEFLATE, _SHUFFLE, _FLETCHER32, _BLOSC, _ZSTD} and _SHUFFLE not in identifiers[1:]
-
-
-def _undo_filter(identifier: int, parameter: int, raw: Any, size: int) -> Any:
-    """Undo one filter outside of h5py's lock, and outside of Python's."""
-    import numcodecs
-    from numcodecs.fletcher32 import Fletcher32
-
-    if identifier == _DEFLATE:
-        # `size` is a guess that saves growing the result.
-        return zlib.decompress(raw, bufsize=size + 4)
-    if identifier == _SHUFFLE:
-        # Not numcodecs' own, which holds Python's lock: copies in NumPy do not, and are faster.
-        planes = np.frombuffer(raw, np.uint8).reshape(parameter, -1)
-        elements = np.empty(planes.shape[::-1], np.uint8)
-        for position, plane in enumerate(planes):
-            elements[:, position] = plane
-        return elements.reshape(-1)
-    codecs = {_FLETCHER32: Fletcher32(), _BLOSC: numcodecs.Blosc(), _ZSTD: numcodecs.Zstd()}
-    return codecs[identifier].decode(raw)
-
-
-def _iter_pieces(*, path: str, name: str, axis: int, start: int, stop: int, chunk_rows: int) -> Iterator[NDArray[Any]]:
-    """Yield rows [start, stop) through h5py, rows first, cut where chunks end so that none is decoded twice."""
-    with open_hdf5(Path(path)) as file:
-        dataset = file[name]
-        row_bytes = max(1, dataset.dtype.itemsize * dataset.size // dataset.shape[axis])
-        step = chunk_rows * max(1, (4 << 20) // (row_bytes * chunk_rows))
-        cuts = [start, *range(start // step * step + step, stop, step), stop]
-        for first, last in itertools.pairwise(cuts):
-            block = np.moveaxis(dataset[(slice(None),) * axis + (slice(first, last),)], axis, 0)
-            yield block.astype(block.dtype.newbyteorder("="), copy=False)
-
-
-_helpers: deque[subprocess.Popen[bytes]] = deque()
-"""Helpers that wait for work; as many as ever read at the same time."""
-
-if hasattr(os, "register_at_fork"):
-    # A forked child must not write into its parent's pipes.
-    os.register_at_fork(after_in_child=_helpers.clear)
-
-
-@atexit.register
-def _stop_helpers() -> None:
-    while _helpers:
-        _stop(_helpers.pop())
-
-
-def _stop(helper: subprocess.Popen[bytes]) -> None:
-    helper.kill()
-    helper.wait()
-    for pipe in (helper.stdin, helper.stdout):
-        # Closing flushes, to nobody.
-        with contextlib.suppress(OSError):
-            if pipe is not None:
-                pipe.close()
-
-
-def _start_helper() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "pipeline.hdf5"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        # The most that Linux gives without privileges.
-        pipesize=1 << 20,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        # Ctrl-C is the parent's business.
-        start_new_session=True,
-    )
-
-
-def _take_helper() -> subprocess.Popen[bytes]:
-    while _helpers:
-        helper = _helpers.pop()
-        if helper.poll() is None:
-            return helper
-        _stop(helper)
-    return _start_helper()
-
-
-def _read_in_helper(request: dict[str, Any], out: NDArray[Any]) -> None:
-    helper = _take_helper()
-    assert helper.stdin is not None
-    assert isinstance(helper.stdout, io.BufferedReader)
-    try:
-        helper.stdin.write(json.dumps(request).encode() + b"\n")
-        helper.stdin.flush()
-        left = memoryview(out.reshape(-1).view(np.uint8))
-        while left:
-            # Each piece follows a line with its size; a line that is no number says what went wrong.
-            line = helper.stdout.readline().decode().strip()
-            if line and not line.isdigit():
-                raise OSError(line)  # noqa: TRY301
-            size = int(line or len(left))
-            if helper.stdout.readinto(left[:size]) != size:
-                raise BrokenPipeError  # noqa: TRY301
-            left = left[size:]
-    except BaseException as error:
-        # What is still in the pipe must not be taken for the next answer.
-        _stop(helper)
-        if isinstance(error, BrokenPipeError):
-            raise IncompleteError(
-                f"a process that reads {request['path']} must live until it is done; it died with exit code "
-                f"{helper.returncode}, perhaps for lack of memory; start again"
-            ) from error
-        raise
-    _helpers.append(helper)
-
-
-def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Run a helper: a request a line, answered by pieces of rows, until the input closes."""
-    for line in requests:
-        try:
-            for piece in _iter_pieces(**json.loads(line)):
-                answers.write(b"%d\n" % piece.nbytes)
-                answers.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        except BrokenPipeError:
-            return
-        except Exception as error:  # noqa: BLE001 -- whatever it is, the other end raises it
-            answers.write(f"{type(error).__name__}: {error}".replace("\n", " ").encode() + b"\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    _serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -152,6 +152,14 @@ def find_references(file: Any, name: str) -> tuple[Reference, ...]:
         return _Search(file, stack).run(name)
 
 
+def find_filters(file: Any, name: str) -> tuple[tuple[int, str], ...]:
+    """Find (identifier, name) of the filters that values pass: of a data set, and of all that it takes values from."""
+    with contextlib.ExitStack() as stack:
+        search = _Search(file, stack)
+        search.run(name)
+        return tuple(sorted(search.filters))
+
+
 class _Box(NamedTuple):
     first: tuple[int, ...]
     stop: tuple[int, ...]
@@ -178,6 +186,7 @@ class _Search:
         self.stack = stack
         self.opened: dict[Path, Any] = {}
         self.references: dict[Path, Reference] = {}
+        self.filters: set[tuple[int, str]] = set()
 
     def run(self, name: str) -> tuple[Reference, ...]:
         import h5py
@@ -233,6 +242,10 @@ class _Search:
         whose = f"the {'virtual ' * dataset.is_virtual}data set {dataset.name} of {dataset.file.filename}"
         if here in trail:
             raise IntegrityError(f"{whose} is made of itself; name another")
+        properties = dataset.id.get_create_plist()
+        for code, _, _, text in map(properties.get_filter, range(properties.get_nfilters())):
+            # Names end in a reference: "bitshuffle; see https://...".
+            self.filters.add((code, text.decode(errors="replace").partition(";")[0].strip()))
         self.explore_external(dataset, box, whose)
         for mapping in dataset.virtual_sources() if dataset.is_virtual else ():
             for source in _split(mapping, dataset.shape):

@@ -2,9 +2,7 @@
 
 import os
 import pickle
-import subprocess
 import sys
-import threading
 import zlib
 
 import h5py
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import hdf5
-from pipeline.errors import IncompleteError, InputError, IntegrityError, NotFoundError, OpenError
+from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.sources import FileSource, open_source
 
 ARRAY = np.arange(103 * 29, dtype="f8").reshape(103, 29)
@@ -22,14 +20,6 @@ ARRAY = np.arange(103 * 29, dtype="f8").reshape(103, 29)
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "A.h5"
-
-
-@pytest.fixture
-def helpers(monkeypatch):
-    """However small the read, a helper process serves it."""
-    monkeypatch.setattr(hdf5, "_HELPER_BYTES", 0)
-    yield hdf5._helpers
-    hdf5._stop_helpers()
 
 
 def write(path, data=ARRAY, **options):
@@ -77,7 +67,7 @@ def count_chunks(monkeypatch):
 )
 @pytest.mark.parametrize("dtype", ["<f8", ">i4", "<c16", "|b1", "<u2"])
 def test_filters_outside_of_the_lock(path, options, axis, dtype, monkeypatch):
-    monkeypatch.setattr(hdf5, "_iter_pieces", None)
+    monkeypatch.setattr(hdf5.Hdf5Source, "_ask_rows", None)
     array = (ARRAY % 251 > 100 if dtype == "|b1" else ARRAY).astype(dtype)
     write(path, array, chunks=(10, 7), **options)
     source = check_rows(path, array, axis=axis)
@@ -171,91 +161,16 @@ def test_contiguous_data_are_read_without_h5py(path, userblock, axis, monkeypatc
     [{"compression": "lzf"}, {"compression": "lzf", "shuffle": True}, {"scaleoffset": 3}, {"compression": "szip"}],
     ids=str,
 )
-@pytest.mark.parametrize("in_helper", [False, True])
-def test_other_filters(path, options, axis, in_helper, request):
-    idle = request.getfixturevalue("helpers") if in_helper else None
+def test_other_filters(path, options, axis):
     if options.get("compression") == "szip" and not h5py.h5z.filter_avail(h5py.h5z.FILTER_SZIP):
         pytest.skip("this build has no SZIP")
     write(path, chunks=(10, 7), **options)
     source = check_rows(path, axis=axis)
     assert source.data.filters is None
-    # One helper served every read, one after the other.
-    assert idle is None or len(idle) == 1
-
-
-def test_helper_in_pieces(path, helpers):
-    # More than one piece, cut at chunks, none of which begins where the read does.
-    array = np.random.default_rng(0).random((3000, 500))
-    write(path, array, chunks=(64, 500), compression="lzf")
-    source = open_source(path)
-    np.testing.assert_array_equal(source.read_rows(100, 2950), array[100:2950])
-
-
-def test_helpers_side_by_side(path, helpers):
-    write(path, chunks=(10, 7), compression="lzf")
-    source = open_source(path)
-    got = {}
-    both = threading.Barrier(2)
-
-    def read(start):
-        both.wait()
-        for stop in range(start + 1, 103):
-            got[start, stop] = np.array_equal(source.read_rows(start, stop), ARRAY[start:stop])
-
-    threads = [threading.Thread(target=read, args=(start,)) for start in (0, 50)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(got) == 102 + 52
-    assert all(got.values())
-    assert 1 <= len(helpers) <= 2
-
-
-def test_helper_that_died_between_two_reads(path, helpers):
-    write(path, chunks=(10, 7), compression="lzf")
-    source = open_source(path)
-    source.read_rows(0, 5)
-    helpers[0].kill()
-    helpers[0].wait()
-    np.testing.assert_array_equal(source.read_rows(0, 5), ARRAY[:5])
-
-
-@pytest.mark.parametrize("answer", ["", "print(240, flush=True); print(end='x' * 99)"])
-def test_helper_that_dies_while_it_reads(path, helpers, monkeypatch, answer):
-    write(path, chunks=(10, 7), compression="lzf")
-    source = open_source(path)
-    start = hdf5._start_helper
-    command = [sys.executable, "-c", f"input(); {answer}"]
-    dying = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    monkeypatch.setattr(hdf5, "_start_helper", lambda: dying)
-    with pytest.raises(IncompleteError, match="a process that reads"):
-        source.read_rows(0, 5)
-    assert dying.returncode is not None
-    monkeypatch.setattr(hdf5, "_start_helper", start)
-    np.testing.assert_array_equal(source.read_rows(0, 5), ARRAY[:5])
-
-
-def test_helpers_end_with_a_script_without_a_main_guard(path, tmp_path):
-    write(path, chunks=(10, 7), compression="lzf")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, pipeline.hdf5\nfrom pipeline.sources import open_source\n"
-        "pipeline.hdf5._HELPER_BYTES = 0\n"
-        f"open_source({str(path)!r}).read_rows(0, 50)\n"
-        "print(pipeline.hdf5._helpers[0].pid)\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(done.stdout), 0)
 
 
 @pytest.mark.parametrize("compression", ["gzip", "lzf"])
-@pytest.mark.parametrize("in_helper", [False, True])
-def test_corrupt_chunk(path, compression, in_helper, request):
-    if in_helper:
-        request.getfixturevalue("helpers")
+def test_corrupt_chunk(path, compression):
     write(path, chunks=(10, 29), compression=compression, fletcher32=True)
     with h5py.File(path) as file:
         where = file["test"].id.get_chunk_info_by_coord((40, 0))
@@ -273,16 +188,20 @@ def test_corrupt_chunk(path, compression, in_helper, request):
     np.testing.assert_array_equal(source.read_rows(50, 103), ARRAY[50:])
 
 
-def test_chunk_of_the_wrong_size(path):
+def test_chunk_that_is_too_long(path):
+    write_by_hand(path, [(1, (4,))], lambda chunk, _: zlib.compress(chunk.tobytes() + bytes(8)))
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["test"][:], ARRAY)
+    check_rows(path)
+
+
+def test_chunk_that_is_too_short(path):
     write_by_hand(path, [(1, (4,))], lambda chunk, _: zlib.compress(chunk.tobytes()[:-8]))
     with pytest.raises(IntegrityError, match="2312 bytes instead of 2320"):
         open_source(path).read_rows(0, 5)
 
 
-@pytest.mark.parametrize("in_helper", [False, True])
-def test_virtual_data_set(path, tmp_path, in_helper, request):
-    if in_helper:
-        request.getfixturevalue("helpers")
+def test_virtual_data_set(path, tmp_path):
     write(tmp_path / "B.h5", chunks=(10, 7))
     layout = h5py.VirtualLayout((103, 29), "f8")
     layout[:] = h5py.VirtualSource("B.h5", "test", (103, 29))
