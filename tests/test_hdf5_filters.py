@@ -117,10 +117,12 @@ class Case:
     seed: int
 
 
+# All but bzip2, whose plug-in now and then ends the process.
+FUZZED = [name for name in PLUGINS if name != "bzip2"]
 FIRST = [
     (),
-    *((name,) for name in ("nbit", "scaleoffset", "scaleoffset-float", *({"szip"} & {*BUILT_IN}), *PLUGINS)),
-    *(("shuffle", name) for name in PLUGINS),
+    *((name,) for name in ("nbit", "scaleoffset", "scaleoffset-float", *({"szip"} & {*BUILT_IN}), *FUZZED)),
+    *(("shuffle", name) for name in FUZZED),
 ]
 """Filters that take values, or divide by the size of one: behind any other they write outside of their memory."""
 
