@@ -5,7 +5,7 @@ h5py takes a global lock around everything, decompression included. Three ways t
 - A contiguous data set is plain bytes at an offset of the file: `describe` reports the offset and h5py is not needed.
 - Chunks with well-known filters: only the compressed bytes are fetched under the lock; they are decoded outside of it.
 - h5py reads anything else under its lock: other filters (plug-ins too), virtual data sets, external links, chunks that
-  were never written, chunks at the edge that skip the filters. `connect(processes=True)` gives each worker a lock.
+  were never written, chunks at the edge that skip the filters. Worker processes (`connect(workers=4)`) have one each.
 """
 
 from __future__ import annotations
