@@ -8,6 +8,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -25,12 +26,13 @@ from pipeline.exits import close_at_exit
 from pipeline.jobs import count_processes, start_jobs
 from pipeline.launch import launch, open_workers
 from pipeline.local import check_no_limit, start_local
+from pipeline.nannies import watch_exits
 from pipeline.security import check_address
 from pipeline.ssh import START_SECONDS, start_ssh
+from pipeline.startup import last_error, name_cause, remote_lines
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-    from pathlib import Path
 
 __all__ = ["check_client", "connect", "dashboard_link"]
 
@@ -114,6 +116,8 @@ def _connected(cluster: str | Path | None, overrides: dict[str, Any]) -> Generat
             check_address(address, insecure=choice.insecure)
             client = _reach(address)
         stack.callback(_close, client)
+        if address is None and not client.scheduler.address.startswith("inproc"):
+            watch_exits(client)
         stack.enter_context(right_links(client))
         for line in say_dashboard(client):
             sys.stderr.write(f"{line}\n")
@@ -164,12 +168,14 @@ def _start(stack: ExitStack, choice: Choice, deployment: Deployment) -> Any:
     """Start a cluster, which `stack` closes."""
     kwargs, encryption = deployment.kwargs, deployment.encryption
     scale, adapt = deployment.scale, deployment.adapt
+    said: list[str] = []
     try:
         match deployment.module, deployment.name:
             case _, "LocalCluster":
                 cluster = start_local(stack, kwargs, level=choice.level, replace=adapt is None)
             case _, "SSHCluster":
-                cluster = start_ssh(stack, kwargs, encryption, level=choice.level)
+                with remote_lines() as said:
+                    cluster = start_ssh(stack, kwargs, encryption, level=choice.level)
             case "dask_jobqueue", _:
                 cluster = start_jobs(
                     stack, load_class(deployment.module, deployment.name), kwargs, encryption, level=choice.level
@@ -187,23 +193,13 @@ def _start(stack: ExitStack, choice: Choice, deployment: Deployment) -> Any:
     except PipelineError:
         raise
     except Exception as error:
-        raise _start_error(error, choice.origin) from error
+        raise _start_error(error, said, choice.origin) from error
     return cluster
 
 
-def _start_error(error: Exception, origin: str) -> PipelineError:
-    if "Nanny failed to start" in str(error):
-        return OpenError(
-            "worker processes import the main script before they start, so it may connect only below "
-            "`if __name__ == '__main__':`; got workers that ended at once; add that line, or set processes: false"
-        )
-    if "Worker failed to start" in str(error):
-        return OpenError(
-            "hosts have a Python with dask where remote_python says, or where this one is; got a process there that "
-            f"ended at once; correct remote_python or scheduler_options, worker_options in {origin}"
-        )
+def _start_error(error: Exception, said: list[str], origin: str) -> PipelineError:
     kind = InputError if isinstance(error, TypeError | ValueError) else OpenError
-    return kind(f"the cluster must start; got {one_line(error)}; check the kwargs of {origin}")
+    return kind(name_cause(error, said, origin))
 
 
 def _reach(address: str) -> distributed.Client:
@@ -277,6 +273,8 @@ def _where(client: distributed.Client) -> str:
     """Say where workers should come from, and what to do."""
     jobs = [str(job.job_id) for job in getattr(client.cluster, "workers", {}).values() if getattr(job, "job_id", None)]
     if jobs:
+        if words := _say_logs(client.cluster, jobs):
+            return f"of the jobs {', '.join(jobs)}, the last of which says {words}; correct that"
         return (
             f"of the jobs {', '.join(jobs)}; see whether they are still queued, and what their logs say (log_directory "
             "among the kwargs says where these are)"
@@ -284,6 +282,17 @@ def _where(client: distributed.Client) -> str:
     if client.cluster is not None:
         return f"of {type(client.cluster).__name__}; look at the workers' logs"
     return f"at {client.scheduler.address}; start a dask worker"
+
+
+def _say_logs(cluster: Any, jobs: list[str]) -> str:
+    """Find what jobs said last of an error, where their logs are known; empty otherwise."""
+    folder = getattr(cluster._dummy_job, "log_directory", None)  # noqa: SLF001 (the class has its default from the job)
+    lines: list[str] = []
+    for path in sorted(Path(folder).glob("*")) if folder else []:
+        if any(job in path.name for job in jobs):
+            with suppress(OSError):
+                lines += path.read_text(errors="replace").splitlines()
+    return last_error(lines, strict=True)
 
 
 def _active() -> Any:

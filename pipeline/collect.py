@@ -268,7 +268,7 @@ class Gathering:
             destination = new_array(self.shape, self.work.result.dtype, survey, step=windows)
         cut = list(self.plan.tasks("chunk", windows=windows))
         try:
-            watched = {"span": ("pipeline", "gather", span), "retried": watch.task_retried}
+            watched = {"span": ("pipeline", "gather", span), "watch": watch}
             for receipt in fill_array(destination, self.work, cut, survey, at_once=at_once, **watched):
                 watch.task_done(receipt)
         except BaseException:
@@ -298,7 +298,7 @@ class Gathering:
         due = 0.0
         try:
             todo = [task for task in cut if task.number in places]
-            watched = {"span": ("pipeline", "gather", self.place.name), "retried": watch.task_retried}
+            watched = {"span": ("pipeline", "gather", self.place.name), "watch": watch}
             for receipt in fill_array(destination, self.work, todo, survey, at_once=at_once, **watched):
                 flushed.append(receipt)
                 if time.monotonic() >= due:

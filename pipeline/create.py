@@ -188,7 +188,7 @@ class Creation:
             arguments = ((self.source, writer, self.streams, *each, run) for each in cuts if each[0] not in stage.done)
             tasks = name_tasks("create", survey.guard(copy_rows), arguments)
             span = ("pipeline", "create", self.dest.name)
-            for receipt in run_tasks(tasks, at_once=survey.bound(at_once), span=span, retried=watch.task_retried):
+            for receipt in run_tasks(tasks, at_once=survey.bound(at_once), span=span, watch=watch):
                 stage.finish((receipt.number, receipt.files))
                 watch.task_done(receipt)
         stage.check_complete()

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from dask.base import annotate, get_annotations
 
-from pipeline.failures import Watchdog, killed_error, stopped_error, task_error
+from pipeline.failures import Retries, Watchdog, killed_error, stopped_error, task_error
+from pipeline.losses import Losses
 from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from dask.delayed import Delayed
 
-    from pipeline.failures import Retries
+    from pipeline.losses import Listener
 
 _CLOSE_SECONDS = 4
 _STOPPED_SECONDS = 0.2
@@ -46,6 +47,8 @@ class Flight:
     ----------
     annotations
         Of the tasks, for Dask.
+    watch
+        Told of tasks that are run again, and of workers that are lost.
     threads
         Tasks that run at once.
     direct
@@ -58,7 +61,7 @@ class Flight:
         self,
         client: Any,
         annotations: dict[str, Any],
-        retries: Retries,
+        watch: Listener,
         *,
         threads: int,
         direct: bool,
@@ -67,13 +70,15 @@ class Flight:
         self._stopped = stopped
         self._client = client
         self._annotations = annotations
-        self._retries = retries
+        self._watch = watch
+        self._retries = Retries(watch.task_retried)
         self._threads = threads
         self._counted = time.monotonic()
         self._began = time.time()
         self._direct = direct or None
         self._watchdog = Watchdog(client)
-        self._ended: SimpleQueue[_Ended] = SimpleQueue()
+        self._ended: SimpleQueue[_Ended | None] = SimpleQueue()
+        """None: something else is to be looked after."""
         self._under_way: set[Any] = set()
         self._finished: deque[Any] = deque()
         """Those that were lost, too: until it is let go of, the same key would give the same loss again."""
@@ -81,6 +86,8 @@ class Flight:
         """Submitted and not done, by key."""
         self._killed: list[Any] = []
         self._done = 0
+        self._is_hurt = False
+        """A worker was lost, of which nobody was told yet."""
 
     def run(self, tasks: Iterator[Delayed], *, window: Callable[[int], int], held: int) -> Iterator[Any]:
         """Run tasks, and yield their results; those that were lost run again, alone, so that one that kills is known.
@@ -93,11 +100,19 @@ class Flight:
         held
             Finished tasks that the scheduler need not forget.
         """
-        yield from self._take_results(tasks, window=window, held=held, patience=max(_MOST_LOST, 4 * self._threads))
-        if self._left:
-            # A task takes along those beside it, which are not to blame; nor is one that has room when it is alone.
-            again = chain(list(self._left.values()), tasks)
-            yield from self._take_results(again, window=lambda _: 1, held=held, patience=_MOST_KILLERS)
+        self._losses = Losses(self._client, self._left.__contains__, self._wake)
+        try:
+            yield from self._take_results(tasks, window=window, held=held, patience=max(_MOST_LOST, 4 * self._threads))
+            if self._left:
+                # A task takes along those beside it, which are not to blame; nor is one that has room when it is alone.
+                again = chain(list(self._left.values()), tasks)
+                yield from self._take_results(again, window=lambda _: 1, held=held, patience=_MOST_KILLERS)
+            self._tell_losses(wait=True)
+        except Exception:
+            self._tell_losses(wait=True)
+            raise
+        finally:
+            self._losses.close()
         if self._left:
             undone = len(self._left) + sum(1 for _ in tasks)
             words = f"not done: {undone:,} of {count_of(self._done + undone, 'task')}"
@@ -122,6 +137,7 @@ class Flight:
         try:
             while in_a_row < patience and self._fill(tasks, window(self._threads)):
                 self._recount()
+                self._tell_losses()
                 ended = self._next_ended()
                 if ended is None:
                     continue
@@ -165,6 +181,23 @@ class Flight:
             if not part or not self._ended.empty():
                 return bool(self._under_way or self._retries.waiting)
 
+    def _wake(self) -> None:
+        """Let the run look after a worker that was lost; called from another thread."""
+        self._is_hurt = True
+        self._ended.put(None)
+
+    def _tell_losses(self, *, wait: bool = False) -> None:
+        """Tell of workers that were lost; `wait` for how the last ones ended.
+
+        The scheduler makes results anew that it has lost: those that were taken already are let go of first.
+        """
+        if self._is_hurt:
+            self._is_hurt = False
+            self._let_go(self._finished)
+            self._finished.clear()
+        for loss in self._losses.take(wait=wait):
+            self._watch.worker_lost(loss)
+
     def _recount(self) -> None:
         """Learn, now and then, how many threads there are: clusters grow and shrink. The answer is not waited for."""
         now = time.monotonic()
@@ -197,9 +230,9 @@ class Flight:
         """Yield the results that are there already."""
         with suppress(Empty):
             while True:
-                _, result, failure = self._ended.get_nowait()
-                if failure is None:
-                    yield result
+                ended = self._ended.get_nowait()
+                if ended is not None and ended[2] is None:
+                    yield ended[1]
 
     def _submit(self, tasks: Iterable[Delayed]) -> None:
         """Submit tasks; each comes to `_ended` when it is done.

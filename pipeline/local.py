@@ -30,6 +30,7 @@ from pipeline.security import (
     listens_on_loopback,
     without_dashboard,
 )
+from pipeline.startup import UNGUARDED, Nanny
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -170,11 +171,12 @@ def start_local(stack: ExitStack, kwargs: dict[str, Any], *, level: Any, replace
     kwargs = kwargs | {"silence_logs": level}
     # The children that Python starts while it imports the main script would start children of their own, and so on.
     if kwargs["processes"] and getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(1)
+        sys.exit(UNGUARDED)
     deferred = can_defer_pages() and not kwargs.get("scheduler_kwargs")
     if deferred:
         kwargs["scheduler_kwargs"] = {"dashboard": False}
     if kwargs["processes"]:
+        kwargs["worker_class"] = Nanny
         _keep_processes_quiet(stack, level)
     else:
         kwargs["worker_class"] = Worker

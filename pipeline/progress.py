@@ -275,6 +275,10 @@ class ShownWatch(Watch):
         super().task_retried(words)
         self.say(words)
 
+    def log(self, line: str) -> None:
+        """Tell the user; each line has its time."""
+        self.say(line)
+
     def say(self, line: str) -> None:
         """Tell the user, unless all is to be quiet."""
         if not self._quiet:

@@ -61,7 +61,7 @@ def read_ranges[T](
     tasks = name_tasks("verify", survey.guard(function), ((*about, part, number) for number, part in enumerate(parts)))
     watch.begin(len(parts), len(ranges), sum(each.nbytes for each in ranges))
     span = ("pipeline", "verify")
-    for receipt, found in run_tasks(tasks, at_once=survey.bound(footprint.fits), span=span, retried=watch.task_retried):
+    for receipt, found in run_tasks(tasks, at_once=survey.bound(footprint.fits), span=span, watch=watch):
         watch.task_done(receipt)
         yield found
 

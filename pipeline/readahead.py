@@ -200,7 +200,7 @@ class Reading:
             runner = _Runner(stack, stopped, 0 if inside else ahead.groups, pool)
 
             def read_group(places: NDArray[np.int64]) -> tuple[Group, list[Receipt]]:
-                given = {"at_once": ahead.at_once, "pool": pool, "retried": watch.task_retried}
+                given = {"at_once": ahead.at_once, "pool": pool, "watch": watch}
                 return self._read_group(places, survey, stopped, threads, **given)
 
             waiting = deque(runner.submit(read_group, places) for places in islice(groups, max(1, ahead.groups)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
+    from pipeline.losses import Loss
     from pipeline.tasks import Receipt
 
 _LEAST_SECONDS = 0.2
@@ -76,6 +78,8 @@ class Watch:
     """Coordinates of which chunks were absent, and read as the fill value."""
     lacking: str = ""
     """What the output's file system refused, and was done another way or without."""
+    losses: list[Loss] = field(default_factory=list)
+    """Workers that went during the run."""
     started: float = field(default_factory=time.perf_counter)
     last: float | None = None
     """When a task of this run was done last."""
@@ -122,6 +126,27 @@ class Watch:
         """Count a task that is run again; `words` say why."""
         del words
         self.retries += 1
+
+    @property
+    def workers_lost(self) -> list[str]:
+        """Addresses of workers that were lost, once each time; not of those that were retired."""
+        return [worker for worker, _ in {(each.worker, each.at): None for each in self.losses if not each.expected}]
+
+    @property
+    def tasks_rerun(self) -> int:
+        """Times that a task was run again, since its worker went."""
+        return sum(each.tasks for each in self.losses)
+
+    def worker_lost(self, loss: Loss) -> None:
+        """Count a worker that went, and log it, once for all groups of batches that it had tasks of."""
+        known = loss.expected or any((loss.worker, loss.at) == (each.worker, each.at) for each in self.losses)
+        self.losses.append(loss)
+        if not known:
+            self.log(str(loss))
+
+    def log(self, line: str) -> None:
+        """Tell whoever reads the log what happened, and when."""
+        logging.getLogger("pipeline").warning("%s %s", time.strftime("%H:%M:%S"), line)
 
     def say(self, line: str) -> None:
         """Tell the user what is worth knowing, though the run goes on."""
@@ -201,7 +226,7 @@ class Run(Watch):
             "bytes_per_second": own / self.seconds if own else None,
             "tasks": self.done_tasks,
             "tasks_kept": self.kept_tasks,
-            "retries": self.retries,
+            **rerun_numbers(self),
             "nonfinite": self.nonfinite,
             "filled_coordinates": self.filled,
             "threads": self.threads,
@@ -277,6 +302,8 @@ class Report:
             "nbytes_read": sum(run.nbytes_read for run in self.runs),
             "tasks": sum(run.done_tasks for run in self.runs),
             "retries": sum(run.retries for run in self.runs),
+            "workers_lost": sum(len(run.workers_lost) for run in self.runs),
+            "tasks_rerun": sum(run.tasks_rerun for run in self.runs),
             "peak_memory": self.peak_memory,
             "runs": [run.numbers() for run in self.runs],
         }
@@ -297,6 +324,7 @@ class Report:
         facts["tasks"] = f"{numbers['tasks']:,}{again}" + (f", {kept:,} finished before" if kept else "")
         if filled := list(dict.fromkeys(name for run in self.runs for name in run.filled)):
             facts["filled"] = say_filled(filled)
+        facts |= loss_facts([loss for run in self.runs for loss in run.losses])
         limit, advice = longest.limit()
         [name] = [name for name, run in self.named().items() if run is longest]
         facts["limit" if len(self.runs) == 1 else f"limit of {name}"] = f"{limit}; {advice}" if advice else limit
@@ -402,6 +430,26 @@ def _say_run(run: Run) -> str:
 def say_filled(names: Sequence[str]) -> str:
     """Say which coordinates lack chunks."""
     return f"absent chunks of {', '.join(names)} (coordinates) are read as the fill value"
+
+
+def rerun_numbers(watch: Watch) -> dict[str, int]:
+    """How often tasks were run again, and workers lost, as `--json` names it."""
+    return {
+        "retries": watch.retries,
+        "workers_lost": len(watch.workers_lost),
+        "tasks_rerun": watch.tasks_rerun,
+    }
+
+
+def loss_facts(losses: list[Loss]) -> dict[str, str]:
+    """Say which workers were lost, and the last of them how; nothing where there were none."""
+    lost = {(each.worker, each.at): each.cause for each in losses if not each.expected}
+    if not lost:
+        return {}
+    (worker, at), cause = max(lost.items(), key=lambda each: each[0][1])
+    tasks = sum(each.tasks for each in losses)
+    last = f"{worker} at {time.strftime('%H:%M:%S', time.localtime(at))}"
+    return {"workers lost": f"{len(lost):,}, {count_of(tasks, 'task')} run again; the last: {last}, {cause}"}
 
 
 def share_seconds(watch: Watch) -> dict[str, float]:

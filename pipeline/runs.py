@@ -17,12 +17,15 @@ from pipeline.capacity import active_client, count_threads, shares_memory
 from pipeline.errors import IncompleteError
 from pipeline.failures import Retries, stopped_error
 from pipeline.flights import Flight, name_span
+from pipeline.losses import Deaf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Executor
 
     from dask.delayed import Delayed
+
+    from pipeline.losses import Listener
 
 
 _CLOSE_SECONDS = 4
@@ -52,10 +55,6 @@ def _forget_runs() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_runs)
-
-
-def _ignore(_: str) -> None:
-    pass
 
 
 @contextmanager
@@ -114,7 +113,7 @@ def run_tasks(
     waiting: int = 0,
     direct: bool = False,
     span: Sequence[str] = (),
-    retried: Callable[[str], None] = _ignore,
+    watch: Listener | None = None,
     pool: Executor | None = None,
     stopped: threading.Event | None = None,
 ) -> Iterator[Any]:
@@ -134,8 +133,8 @@ def run_tasks(
         Whether results come straight from workers; otherwise by way of the scheduler.
     span
         Names the run on the dashboard, from the general to the particular.
-    retried
-        Told in words each time that a task is run again, after a failure that may pass.
+    watch
+        Told of tasks that are run again, and of workers that are lost.
     pool
         Threads for Dask's threaded scheduler, which else starts some for each thread that asks, and keeps them.
     stopped
@@ -151,7 +150,7 @@ def run_tasks(
     IncompleteError
         If tasks end the workers that run them, once all others are done; if no worker is left, or no scheduler.
     """
-    client = active_client()
+    client, watch = active_client(), watch or Deaf()
     threads = count_threads(client)
 
     def window(threads: int) -> int:
@@ -163,14 +162,14 @@ def run_tasks(
         return at_once if at_once < threads else most
 
     if client is not None:
-        flight = Flight(client, name_span(span), Retries(retried), threads=threads, direct=direct, stopped=stopped)
+        flight = Flight(client, name_span(span), watch, threads=threads, direct=direct, stopped=stopped)
         yield from flight.run(iter(tasks), window=window, held=0 if results_travel else _MOST_HELD)
         return
     left = iter(tasks)
     limited: dict[str, Any] = {"num_workers": at_once} if at_once < threads else {}
     if pool is not None:
         limited = {"pool": pool}
-    retries = Retries(retried)
+    retries = Retries(watch.task_retried)
     while batch := list(islice(left, min(window(threads), max(_TOGETHER, 4 * threads)))):
         if stopped is not None and stopped.is_set():
             raise stopped_error()

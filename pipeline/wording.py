@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.filesystem import count_free
 from pipeline.locations import Url
-from pipeline.report import STAGES, name_limit, say_filled, share_seconds
+from pipeline.report import STAGES, loss_facts, name_limit, rerun_numbers, say_filled, share_seconds
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def report_creation(matrix: Matrix, watch: Watch, measures: Measures) -> Report:
         **_seconds(watch, measures),
         **_resources(matrix.nbytes * watch.own_share, measures),
     }
-    return matrix.facts() | _resumed(watch) | _run_facts(numbers), numbers
+    return matrix.facts() | _resumed(watch) | loss_facts(watch.losses) | _run_facts(numbers), numbers
 
 
 def report_matrix(matrix: Matrix | MatrixGroup, length: int) -> Report:
@@ -273,7 +273,7 @@ def report_run(
         facts["filled"] = say_filled(watch.filled)
     facts["limit"] = f"{limit}; {advice}" if advice else limit
     facts["shares"] = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
-    return facts | _resumed(watch) | _run_facts(numbers), numbers
+    return facts | _resumed(watch) | loss_facts(watch.losses) | _run_facts(numbers), numbers
 
 
 def _is_group(whole: Any) -> bool:
@@ -306,11 +306,11 @@ def add_measures(report: Report, watch: Watch, measures: Measures) -> Report:
     numbers = {
         **numbers,
         "tasks": watch.done_tasks,
-        "retries": watch.retries,
+        **rerun_numbers(watch),
         **_seconds(watch, measures),
         **_resources(watch.nbytes_read, measures),
     }
-    return facts | _run_facts(numbers), numbers
+    return facts | loss_facts(watch.losses) | _run_facts(numbers), numbers
 
 
 def say_problems(problems: Sequence[object]) -> Iterator[str]:
@@ -338,7 +338,7 @@ def _tasks(watch: Watch) -> dict[str, Any]:
     return {
         "tasks": watch.done_tasks,
         "tasks_kept": watch.kept_tasks,
-        "retries": watch.retries,
+        **rerun_numbers(watch),
         "finished_before": watch.tasks == 0,
         "file_system_lacks": watch.lacking or None,
     }

@@ -322,7 +322,7 @@ class Storing:
             )
             tasks = name_tasks("write", survey.guard(write_block), arguments)
             span = ("pipeline", "store", self.out.name)
-            for receipt in run_tasks(tasks, at_once=survey.bound(at_once), span=span, retried=watch.task_retried):
+            for receipt in run_tasks(tasks, at_once=survey.bound(at_once), span=span, watch=watch):
                 stage.finish((receipt.number, receipt.files))
                 watch.task_done(receipt)
         stage.check_complete()

@@ -78,7 +78,7 @@ def test_create(cli, samples, values, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["A.zarr"]
 
 
-RESUMED = {"tasks_kept", "retries", "finished_before"}
+RESUMED = {"tasks_kept", "retries", "workers_lost", "tasks_rerun", "finished_before"}
 RUN_NUMBERS = {
     *(f"{stage}_seconds" for stage in ("plan", "startup", "work", "read", "decode", "apply", "write")),
     "seconds",

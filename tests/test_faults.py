@@ -254,7 +254,7 @@ class TestWindow:
             return 4
 
         with connect(dashboard_address=None, threads_per_worker=1) as client:
-            flight = flights.Flight(client, {}, failures.Retries(seen.append), threads=1, direct=False)
+            flight = flights.Flight(client, {}, Watch(), threads=1, direct=False)
             for number in flight.run(
                 name_tasks("read", wait_for_seconds, ((0.05,) for _ in range(60))), window=window, held=0
             ):
