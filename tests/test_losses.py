@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import dask
 import distributed
@@ -23,6 +24,7 @@ from pipeline import losses, nannies
 from pipeline.cluster import connect
 from pipeline.collect import prepare_gathering
 from pipeline.create import plan_creation
+from pipeline.dashboard import dashboard_link
 from pipeline.losses import Loss
 from pipeline.report import Watch
 from pipeline.verification import prepare_verification
@@ -327,3 +329,38 @@ class TestOthers:
         watch.worker_lost(Loss("tcp://w:2", 8.0, 4, "retired", expected=True))
         assert (watch.workers_lost, watch.tasks_rerun) == (["tcp://w:1", "tcp://w:1"], 10)
         assert len(caplog.records) == 2
+
+
+@pytest.mark.ssh
+def test_hosts_over_ssh(ssh_service, samples, plan, tmp_path):
+    kwargs = {
+        "hosts": list(ssh_service.hosts),
+        "connect_options": {"config": [str(ssh_service.config)]},
+        "worker_options": {"nthreads": 1},
+        "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
+        "remote_python": sys.executable,
+    }
+    lose_one(samples, plan, tmp_path, {"class": "SSHCluster", "kwargs": kwargs})
+
+
+@pytest.mark.slurm
+def test_jobs_of_slurm(slurm_service, samples, plan, tmp_path):
+    kwargs = {"cores": 1, "memory": "1GB", "interface": "lo", "log_directory": str(tmp_path / "logs")}
+    kwargs |= {"local_directory": str(tmp_path), "shared_temp_directory": str(tmp_path)}
+    file = {"module": "dask_jobqueue", "class": "SLURMCluster", "kwargs": kwargs, "scale": {"jobs": 2}}
+    lose_one(samples, plan, tmp_path, file)
+
+
+def lose_one(samples, plan, folder, file):
+    """Kill a worker of the cluster of a file; links lead where something listens."""
+    (folder / "my.yaml").write_text(json.dumps({"version": 1} | file))
+    with connect(folder / "my.yaml") as client:
+        client.wait_for_workers(2, timeout=60)
+        link = dashboard_link(client)
+        assert (client.dashboard_link, client.cluster.dashboard_link) == (link, link)
+        assert f'href="{link}"' in client._repr_html_()
+        with urlopen(link) as response:
+            assert response.status == 200
+        store(samples, folder, plan, watch := Killer(client))
+        assert watch.workers_lost == [watch.killed]
+        assert re.match(rf"worker {watch.killed} was lost: {KILLED}", watch.logged[0])

@@ -539,7 +539,7 @@ def test_hosts_that_cannot_be_used(ssh_service):
 
     before = set(Path("/tmp").glob("random-windows-*"))
     refused({"remote_python": "/absent/python"}, "correct remote_python")
-    refused({"connect_options": {"config": [], "known_hosts": [], "port": 1}}, "cluster must start")
+    refused({"connect_options": {"config": [], "known_hosts": [], "port": 1}}, "cluster did not start: .*Connect")
     assert set(Path("/tmp").glob("random-windows-*")) <= before
 
 
@@ -582,7 +582,7 @@ def test_jobs_listen_on_loopback_and_their_certificates_go(slurm_service, tmp_pa
         assert time.monotonic() - begin < 20
 
     refused("--hold", r"a worker within 1 s; got none of the jobs \d+, \d+; see whether they are still queued")
-    refused("--partition=absent", "cluster must start; .*invalid partition")
+    refused("--partition=absent", "cluster did not start: .*invalid partition")
     jobs = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True)
     assert jobs.stdout == ""
     assert not list(tmp_path.glob(".random-windows-*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -189,6 +190,17 @@ class TestHosts:
         code = "raise ValueError('no licence')\n"
         with pytest.raises(OpenError, match=r"a process on a host ended before it was up: ValueError: no licence"):
             connect(**kwargs(sys.executable, preload(code))).__enter__()
+
+
+@pytest.mark.slurm
+def test_jobs_that_end_at_once(slurm_service, tmp_path):
+    kwargs = {"cores": 1, "memory": "1GB", "interface": "lo", "python": "/no/such/python"}
+    kwargs |= {"log_directory": str(tmp_path / "logs"), "shared_temp_directory": str(tmp_path)}
+    file = {"version": 1, "class": "SLURMCluster", "kwargs": kwargs, "scale": {"jobs": 1}}
+    file["distributed"] = {"scheduler": {"no-workers-timeout": "15 s"}}
+    (tmp_path / "my.yaml").write_text(json.dumps(file))
+    with pytest.raises(OpenError, match=r"of the jobs \d+, the last of which says .*/no/such/python: No such file"):
+        connect(tmp_path / "my.yaml").__enter__()
 
 
 def test_lines_that_name_an_error():
