@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dask.delayed import Delayed
 
-    from pipeline.losses import Listener
+    from pipeline.losses import Observer
 
 _CLOSE_SECONDS = 4
 _STOPPED_SECONDS = 0.2
@@ -61,7 +61,7 @@ class Flight:
         self,
         client: Any,
         annotations: dict[str, Any],
-        watch: Listener,
+        watch: Observer,
         *,
         threads: int,
         direct: bool,

@@ -50,7 +50,7 @@ class Loss:
         return f"worker {self.worker} was lost: {self.cause}{again}"
 
 
-class Listener(Protocol):
+class Observer(Protocol):
     """Who is told what happens to a run while it goes on."""
 
     def task_retried(self, words: str) -> None:
@@ -60,14 +60,14 @@ class Listener(Protocol):
         """Take note of a worker that went, and of the tasks that are run again."""
 
 
-class Deaf:
-    """A listener who takes no note."""
+class Unobserved:
+    """An observer who takes no note."""
 
     def task_retried(self, words: str) -> None:
-        """See `Listener.task_retried`."""
+        """See `Observer.task_retried`."""
 
     def worker_lost(self, loss: Loss) -> None:
-        """See `Listener.worker_lost`."""
+        """See `Observer.worker_lost`."""
 
 
 class Losses:

@@ -17,7 +17,7 @@ from pipeline.capacity import active_client, count_threads, shares_memory
 from pipeline.errors import IncompleteError
 from pipeline.failures import Retries, stopped_error
 from pipeline.flights import Flight, name_span
-from pipeline.losses import Deaf
+from pipeline.losses import Unobserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dask.delayed import Delayed
 
-    from pipeline.losses import Listener
+    from pipeline.losses import Observer
 
 
 _CLOSE_SECONDS = 4
@@ -113,7 +113,7 @@ def run_tasks(
     waiting: int = 0,
     direct: bool = False,
     span: Sequence[str] = (),
-    watch: Listener | None = None,
+    watch: Observer | None = None,
     pool: Executor | None = None,
     stopped: threading.Event | None = None,
 ) -> Iterator[Any]:
@@ -150,7 +150,7 @@ def run_tasks(
     IncompleteError
         If tasks end the workers that run them, once all others are done; if no worker is left, or no scheduler.
     """
-    client, watch = active_client(), watch or Deaf()
+    client, watch = active_client(), watch or Unobserved()
     threads = count_threads(client)
 
     def window(threads: int) -> int:
