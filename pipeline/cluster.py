@@ -18,7 +18,7 @@ from dask.utils import parse_timedelta
 from distributed.comm import connect as connect_to
 
 from pipeline.choice import Choice, Deployment, choose_cluster, plan_deployment
-from pipeline.clusterfile import merged_settings, one_line
+from pipeline.clusterfile import NO_FILE, merged_settings, one_line
 from pipeline.dashboard import dashboard_link, right_links, say_dashboard
 from pipeline.deployments import load_class
 from pipeline.errors import InputError, OpenError, PipelineError
@@ -119,7 +119,7 @@ def _connected(cluster: str | Path | None, overrides: dict[str, Any]) -> Generat
         if address is None and not client.scheduler.address.startswith("inproc"):
             watch_exits(client)
         stack.enter_context(right_links(client))
-        for line in say_dashboard(client):
+        for line in say_dashboard(client, None if choice.origin == NO_FILE else choice.origin):
             sys.stderr.write(f"{line}\n")
         try:
             _await_worker(client, parse_timedelta(patience or _WORKER_SECONDS))

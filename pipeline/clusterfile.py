@@ -12,12 +12,16 @@ import yaml
 
 from pipeline.deployments import check_keys, load_class, name_class
 from pipeline.errors import InputError, NotFoundError, OpenError, PipelineError
+from pipeline.implicit import check_content, check_owner
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
 OPEN_SETTINGS = {"logging", "environ", "pre-spawn-environ", "resources", "default-task-durations"}
 """Dask's settings whose keys are the user's own."""
+
+NO_FILE = "the default cluster"
+"""What messages call the cluster that no file describes."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -77,8 +81,10 @@ def read_spec(cluster: str | Path | None) -> tuple[Spec, dict[str, Any], str]:
         As `connect` does.
     """
     if cluster is None and not Path("cluster.yaml").exists():
-        return Spec(version=1), {}, "the default cluster"
+        return Spec(version=1), {}, NO_FILE
     path = Path("cluster.yaml" if cluster is None else cluster)
+    if cluster is None:
+        check_owner(path)
     fields = [field.encode_name for field in msgspec.structs.fields(Spec)]
     content: dict[Any, Any] = {}
     for key, value in _parse(path).items():
@@ -92,6 +98,8 @@ def read_spec(cluster: str | Path | None) -> tuple[Spec, dict[str, Any], str]:
     known = dask.config.config | {"logging": {}}
     check_keys(content, [*fields, *known], str(path))
     _check_settings(settings, known, str(path))
+    if cluster is None:
+        check_content(content, settings, path)
     return spec, settings, str(path)
 
 

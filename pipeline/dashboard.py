@@ -148,13 +148,16 @@ def dashboard_link(client: distributed.Client) -> str | None:
     return None if address is None else address.link
 
 
-def say_dashboard(client: distributed.Client) -> list[str]:
-    """Lines that tell where the dashboard is: its link, and how its port is reached from the user's own machine."""
+def say_dashboard(client: distributed.Client, cluster_file: str | None = None) -> list[str]:
+    """Lines that tell where the dashboard is: its link, and how its port is reached from the user's own machine.
+
+    The first names the cluster file that is in force, if there is one, also where there is no dashboard.
+    """
     address = locate_dashboard(client)
     if address is None:
-        return []
+        return [] if cluster_file is None else [f"cluster file: {cluster_file}"]
     tunnel = [] if address.tunnel is None else [f"from your own machine: {address.tunnel}"]
-    return [f"dashboard: {address.link}", *tunnel]
+    return [f"dashboard: {address.link}{f' (cluster file: {cluster_file})' if cluster_file else ''}", *tunnel]
 
 
 def locate_dashboard(client: distributed.Client) -> Address | None:

@@ -175,7 +175,7 @@ somewhere: {api_token: SESAME-3, url: "https://me:SESAME-4@example.org/"}
 @pytest.mark.parametrize("form", [(), ("--json",)])
 def test_origins_and_secrets_of_all_layers(tmp_path, form):
     """In a process of its own, since Dask reads its files and variables when it is imported."""
-    Path("cluster.yaml").write_text(FILE)
+    Path("named.yaml").write_text(FILE)
     (tmp_path / ".config/dask").mkdir(parents=True)
     own = tmp_path / ".config/dask/own.yaml"
     own.write_text(OWN)
@@ -186,7 +186,7 @@ def test_origins_and_secrets_of_all_layers(tmp_path, form):
         "PIPELINE_MEMORY": "1GB",
         "ZARR_ASYNC__CONCURRENCY": "17",
     }
-    command = [sys.executable, "-m", "pipeline", "config", "--threads", "2", *form]
+    command = [sys.executable, "-m", "pipeline", "config", "--threads", "2", "--cluster", "named.yaml", *form]
     said = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
     assert "SESAME" not in said.stdout + said.stderr
     if not form:
@@ -194,18 +194,18 @@ def test_origins_and_secrets_of_all_layers(tmp_path, form):
         return
     found = {name: (each["value"], each["origin"]) for name, each in json.loads(said.stdout).items()}
     expected = {
-        "cluster.class": ("dask.distributed.SSHCluster", "cluster.yaml, line 2"),
-        "cluster.kwargs.hosts": (["127.0.0.1", "127.0.0.2"], "cluster.yaml, line 4"),
-        "cluster.kwargs.connect_options.password": (HIDDEN, "cluster.yaml, line 5"),
-        "cluster.kwargs.connect_options.username": ("me", "cluster.yaml, line 5"),
+        "cluster.class": ("dask.distributed.SSHCluster", "named.yaml, line 2"),
+        "cluster.kwargs.hosts": (["127.0.0.1", "127.0.0.2"], "named.yaml, line 4"),
+        "cluster.kwargs.connect_options.password": (HIDDEN, "named.yaml, line 5"),
+        "cluster.kwargs.connect_options.username": ("me", "named.yaml, line 5"),
         "cluster.kwargs.worker_options.nthreads": (2, "--threads"),
         "cluster.kwargs.worker_options.host": ("127.0.0.1", "built in"),
-        "dask.distributed.scheduler.allowed-failures": (5, "cluster.yaml, line 8"),
+        "dask.distributed.scheduler.allowed-failures": (5, "named.yaml, line 8"),
         "dask.distributed.scheduler.worker-ttl": ("7 s", "the environment, DASK_*"),
         "dask.distributed.scheduler.work-stealing": (False, str(own)),
         "dask.distributed.scheduler.no-workers-timeout": ("300 s", "built in"),
-        "dask.distributed.comm.tls.client.cert": ("/c.pem", "cluster.yaml, line 9"),
-        "dask.distributed.comm.tls.client.key": (HIDDEN, "cluster.yaml, line 9"),
+        "dask.distributed.comm.tls.client.cert": ("/c.pem", "named.yaml, line 9"),
+        "dask.distributed.comm.tls.client.key": (HIDDEN, "named.yaml, line 9"),
         "dask.distributed.comm.tls.worker.key": (None, "built in"),
         "dask.somewhere.api-token": (HIDDEN, str(own)),
         "dask.somewhere.url": (HIDDEN, str(own)),

@@ -46,6 +46,7 @@ LAYERS = [
     "choice columns",
     "jobs local services ssh",
     "clusterfile dashboard launch nannies startup",
+    "implicit",
     "deployments secrecy security",
     "counting sources decoders encoding epochs",
     "attributes inspection intervals",
@@ -59,7 +60,7 @@ LAYERS = [
     "folderstore holding sharing",
     "conventions credentials files locations markup memory preads record rowfiles",
     "filesystem",
-    "errors formats exits pages signals sizes",
+    "errors formats exits pages signals sizes trust",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
 
