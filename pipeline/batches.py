@@ -6,13 +6,11 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
-import numpy as np
-
+from pipeline.arguments import check_flag, check_mapping, check_whole, is_whole, show
 from pipeline.epochs import Epochs
 from pipeline.errors import IncompleteError, InputError
 from pipeline.exits import close_at_exit, is_ending
 from pipeline.groupplan import GroupPlan, by_member, check_plan
-from pipeline.intervals import check_whole
 from pipeline.journal import Request
 from pipeline.readahead import Member, Position, Reading
 from pipeline.sizes import count_of
@@ -102,12 +100,14 @@ class Batches[Batch]:
             ranks. `apply` is not compared.
         """
         try:
-            version, epoch, batch, facts = (state[key] for key in ("version", "epoch", "batch", "request"))
-        except (TypeError, KeyError):
-            raise InputError(f"a state is what state_dict gave; got {str(state)[:200]}; load that") from None
-        if version != _VERSION:
+            version, epoch, batch, facts = (
+                check_mapping("state", state)[key] for key in ("version", "epoch", "batch", "request")
+            )
+        except KeyError:
+            raise InputError(f"a state is what state_dict gave; got {show(state)}; load that") from None
+        if not is_whole(version) or version != _VERSION:
             raise InputError(
-                f"the state has version {str(version)[:40]}, this release reads {_VERSION}, whose order of windows may "
+                f"the state has version {show(version)}, this release reads {_VERSION}, whose order of windows may "
                 "differ; begin without it"
             )
         if differing := Request(self._reading.facts()).differences(facts):
@@ -116,7 +116,7 @@ class Batches[Batch]:
             )
         batch = check_whole("batch of a state", batch, least=0)
         if batch > len(self):
-            raise InputError(f"a state is of the same request; batch {batch} of {len(self)}; begin without it")
+            raise InputError(f"a state is of the same request; batch {show(batch)} of {len(self)}; begin without it")
         self.close()
         self._next = Position(check_whole("epoch of a state", epoch, least=0), batch)
         self._seen = self._next
@@ -241,14 +241,13 @@ def iter_batches(
     [[14.0, 22.0], [400.0, 18.0], [40.0]]
     """
     check_plan(plan)
-    if not isinstance(shuffle, bool | np.bool_) or not isinstance(drop_last, bool | np.bool_):
-        raise InputError(f"shuffle and drop_last are True or False; got {shuffle!r} and {drop_last!r}; choose")
+    check_flag("shuffle", shuffle)
     epochs = Epochs(
         count=len(plan), batch_size=batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
     )
     if prefetch is not None:
         check_whole("prefetch", prefetch, least=0)
-    check_whole("epoch", epoch, least=0)
+    epoch = check_whole("epoch", epoch, least=0)
     plans = plan.members if isinstance(plan, GroupPlan) else {"": plan}
     applies: dict[str, Any] = by_member(apply, plans, "apply") if isinstance(plan, GroupPlan) else {"": apply}
     members = {}

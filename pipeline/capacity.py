@@ -11,6 +11,7 @@ from dask import config as dask_config
 from dask import local, threaded
 from dask.base import get_scheduler
 
+from pipeline.arguments import check_whole
 from pipeline.errors import BudgetError, IncompleteError, InputError
 from pipeline.memory import budget, held_nbytes
 from pipeline.sizes import MIB, format_size
@@ -73,7 +74,10 @@ def count_threads(client: Any) -> int:
         return sum(threads.values()) or 1
     from dask.system import CPU_COUNT
 
-    return int(dask_config.get("num_workers", None) or CPU_COUNT)
+    found = dask_config.get("num_workers", None)
+    # Set in Python it may be text, which Dask's own threads would not take.
+    number = int(found) if isinstance(found, str) and found.isdecimal() else found
+    return CPU_COUNT if number is None else check_whole("num_workers of Dask's configuration", number, least=1)
 
 
 def measure_workers(client: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 
+from pipeline.arguments import check_flag, check_path, check_whole, show
 from pipeline.clusterfile import Adapt, Scale, Spec, read_spec
 from pipeline.deployments import load_class, name_class
 from pipeline.errors import InputError, OpenError
@@ -82,12 +83,18 @@ class Deployment:
 
 def choose_cluster(cluster: str | Path | None, overrides: dict[str, Any]) -> Choice:
     """Put together what the caller, the environment and a cluster file say; parameters and errors as of `connect`."""
-    spec, settings, origin = read_spec(cluster)
+    spec, settings, origin = read_spec(None if cluster is None else check_path("cluster", cluster))
     rest = dict(overrides)
     level = rest.pop("silence_logs", spec.kwargs.get("silence_logs", logging.CRITICAL))
+    known = logging.getLevelNamesMapping()
+    if not (isinstance(level, int | None) or (isinstance(level, str) and level.upper() in known)):
+        raise InputError(f"silence_logs is False, or a level of logging; got {show(level)}; correct it")
     workers, threads = (_count(rest.pop(name, None), name) for name in ("workers", "threads"))
-    insecure = bool(rest.pop("insecure", False) or spec.insecure)
+    insecure = check_flag("insecure", rest.pop("insecure", False)) or spec.insecure
     named = {key: rest.pop(key, None) for key in ("scheduler_address", "scheduler_file")}
+    for key, value in named.items():
+        if value is not None:
+            check_path(key, value)
     scheduler, is_file, teller = _find_scheduler(named, spec, origin, file_named=cluster is not None)
     configured = [*rest, *(name for name, value in (("workers", workers), ("threads", threads)) if value is not None)]
     if teller == origin and spec.describes_cluster:
@@ -153,9 +160,7 @@ def _read_address(path: Path) -> str:
 
 
 def _count(value: Any, name: str) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name} is a whole number, at least 1; got {value!r}; correct it")
-    return value
+    return None if value is None else check_whole(name, value, least=1)
 
 
 def plan_deployment(choice: Choice) -> Deployment:

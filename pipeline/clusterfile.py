@@ -15,6 +15,7 @@ from pipeline.errors import InputError, NotFoundError, OpenError, PipelineError
 from pipeline.implicit import check_content, check_owner
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Collection
 
 OPEN_SETTINGS = {"logging", "environ", "pre-spawn-environ", "resources", "default-task-durations"}
@@ -72,7 +73,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return None if self.scale is None else self.scale.number
 
 
-def read_spec(cluster: str | Path | None) -> tuple[Spec, dict[str, Any], str]:
+def read_spec(cluster: str | os.PathLike[str] | None) -> tuple[Spec, dict[str, Any], str]:
     """Read a cluster file: its spec, Dask's settings, and its name for messages.
 
     Raises

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from pipeline.arguments import check_flag, check_path, show
 from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.cluster import check_client
 from pipeline.errors import InputError, IntegrityError
@@ -418,6 +420,7 @@ def prepare_gathering(
 ) -> Gathering | GroupGathering:
     """Check everything that `gather` needs before it begins: files, `apply`, destination, memory."""
     check_plan(plan)
+    resume, overwrite = check_flag("resume", resume), check_flag("overwrite", overwrite)
     if isinstance(plan, GroupPlan):
         return _prepare_group(plan, apply, out, resume=resume)
     given: Any = {"apply": apply, "out": out}
@@ -427,12 +430,12 @@ def prepare_gathering(
 
 
 def _prepare_group(plan: GroupPlan, apply: Any, out: Any, *, resume: bool) -> GroupGathering:
-    if isinstance(out, str | Path):
+    if isinstance(out, str | os.PathLike):
         raise InputError(f"several arrays go into a Zarr group; got {out}; name it X.zarr and use store")
     applies, outs = by_member(apply, plan.members, "apply"), by_member(out, plan.members, "out")
     for name, array in outs.items():
         if not isinstance(array, np.ndarray | None):
-            raise InputError(f"out is a mapping of names to arrays; got {array!r} for {name}; give a NumPy array")
+            raise InputError(f"out is a mapping of names to arrays; got {show(array)} for {name}; give a NumPy array")
     for (name, first), (other, second) in combinations(outs.items(), 2):
         if first is not None and second is not None and np.may_share_memory(first, second):
             raise InputError(f"each array is filled alone; those for {name} and {other} share memory; give two")
@@ -450,8 +453,8 @@ def _prepare_single(
 ) -> Gathering:
     """Check all but the memory."""
     place = Path()
-    if isinstance(out, str | Path):
-        location = locate(out)
+    if out is not None and not isinstance(out, np.ndarray):
+        location = locate(check_path("out", out))
         if not isinstance(location, Path):
             raise InputError(
                 f"an .npy is written in place, which object stores cannot do; got {location}; name it X.zarr and use "

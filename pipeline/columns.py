@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline.arguments import check_dtype, check_numbers, show
 from pipeline.errors import InputError, IntegrityError
 from pipeline.journal import digest_array
 from pipeline.sources import is_numeric
@@ -119,7 +120,7 @@ class Selection:
             chosen = np.take(rows, self.columns, axis=lead)
         if not self.casts:
             return chosen
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             cast = chosen.astype(self.dtype)
         if np.can_cast(self.stored_dtype, self.dtype, "safe"):
             return cast
@@ -196,12 +197,9 @@ def _check_columns(columns: Any, row_shape: tuple[int, ...]) -> slice | NDArray[
     rule = f"columns are a slice, or a list of whole numbers from {-size} to {size - 1}"
     if isinstance(columns, slice):
         return _check_slice(columns, size, rule)
-    try:
-        numbers = np.asarray(columns)
-    except ValueError as error:
-        raise InputError(f"{rule}; got {_shorten(columns)}; give such a list") from error
-    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise InputError(f"{rule}; got {_shorten(columns)}; give such a list")
+    numbers = check_numbers("columns", columns, f"a slice, or whole numbers from {-size} to {size - 1}")
+    if numbers.ndim != 1:
+        raise InputError(f"{rule}; got {show(columns)}; give such a list")
     if not numbers.size:
         raise InputError(f"{rule}, one at least; got none; choose some")
     wrong = (numbers < -size) | (numbers >= size)
@@ -248,18 +246,10 @@ def _freeze(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     return numbers
 
 
-def _shorten(value: Any) -> str:
-    words = " ".join(repr(value).split())
-    return words if len(words) <= 80 else f"{words[:77]}..."
-
-
 def _check_dtype(dtype: DTypeLike | None, stored: np.dtype[Any]) -> np.dtype[Any]:
     if dtype is None:
         return stored
-    try:
-        wanted = np.dtype(dtype).newbyteorder("=")
-    except (TypeError, ValueError, SyntaxError, OverflowError) as error:
-        raise InputError(f"a dtype is a name that NumPy knows; got {_shorten(dtype)}; try float32") from error
+    wanted = check_dtype(dtype).newbyteorder("=")
     if not is_numeric(wanted) or not np.can_cast(stored, wanted, "same_kind"):
         raise InputError(
             f"values are cast within their kind (same_kind of numpy.can_cast), to at most 64 bits a component; "

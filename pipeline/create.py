@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.arguments import check_choice, check_flag, check_whole
 from pipeline.arrays import locate_array
 from pipeline.attributes import Description
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
@@ -336,11 +337,13 @@ def plan_creation(
     output = find_output(dest, storage_options)
     if output.location.suffix != ".zarr":
         raise InputError(f"a matrix is a Zarr array in a folder; got {output.location}; name it .zarr")
-    if compress not in (None, "zstd", "blosc"):
-        raise InputError(f"compress is zstd or blosc; got {compress!r}; choose one, or leave it out")
-    for name, value, least in (("length", length, 1), ("chunk_rows", chunk_rows, 1), ("shard_rows", shard_rows, 0)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise InputError(f"{name} is a whole number of rows; got {value!r}; give one of at least {least}")
+    if compress is not None:
+        check_choice("compress", compress, ("zstd", "blosc"))
+    check_flag("resume", resume)
+    check_flag("overwrite", overwrite)
+    length = check_whole("length", length, least=1)
+    chunk_rows = None if chunk_rows is None else check_whole("chunk_rows", chunk_rows, least=1)
+    shard_rows = None if shard_rows is None else check_whole("shard_rows", shard_rows, least=0)
     opened = open_source(source, dtype=dtype, row_shape=row_shape, dataset=dataset, axis=axis, seed=seed)
     if not resume:
         output.check(nbytes=0, overwrite=overwrite)

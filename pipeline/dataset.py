@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
+from pipeline.arguments import check_numbers, is_whole, show
 from pipeline.decoding import ArrayReader, ChunkReader, SortedWindows
 from pipeline.errors import InputError
 from pipeline.groupplan import GroupPlan, by_member, check_plan
@@ -92,7 +93,7 @@ class WindowDataset:
     ) -> None:
         check_plan(plan)
         self._named = isinstance(plan, GroupPlan)
-        kept = _KEPT_NBYTES if keep is None else 0 if keep == 0 else parse_size(keep)
+        kept = _KEPT_NBYTES if keep is None else 0 if is_whole(keep) and keep == 0 else parse_size(keep)
         plans = plan.members if isinstance(plan, GroupPlan) else {"": plan}
         applies: dict[str, Any] = by_member(apply, plans, "apply") if isinstance(plan, GroupPlan) else {"": apply}
         self._members = {name: _Member.of(each, applies[name], kept) for name, each in plans.items()}
@@ -114,9 +115,14 @@ class WindowDataset:
         """
         number = _as_number(place)
         if number is not None:
-            batch = self._read(np.array([number], np.int64))
+            batch = self._read([number])
             return {name: each[0] for name, each in batch.items()} if self._named else batch[""][0]
-        several: Any = range(*place.indices(self._count)) if isinstance(place, slice) else place
+        several: Any = place
+        if isinstance(place, slice):
+            try:
+                several = range(*place.indices(self._count))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"places are a slice of whole numbers; got {show(place)}: {error}") from error
         batch = self._read(several)
         return batch if self._named else batch[""]
 
@@ -129,11 +135,11 @@ class WindowDataset:
 
     def _read(self, places: Sequence[int] | NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Read windows of each array, (k, ...)."""
-        found = np.asarray(places)
+        found = check_numbers("places", places, "whole numbers")
+        if found.ndim != 1:
+            raise InputError(f"places are a whole number, or a list of them; got {show(places)}; correct it")
         if not found.size:
             found = found.astype(np.int64)
-        if found.ndim != 1 or found.dtype.kind not in "iu":
-            raise InputError(f"a place is a whole number, or a list of them; got {str(places)[:100]}; give places")
         outside = found[(found < -self._count) | (found >= self._count)]
         if len(outside):
             raise IndexError(f"a place is at least 0 and less than {self._count:,}; got {outside[0]}")
@@ -264,7 +270,7 @@ def _as_number(place: Any) -> int | None:
         return None
     try:
         return operator.index(place)
-    except TypeError:
+    except Exception:  # noqa: BLE001 (what is no number raises what it likes)
         return None
 
 

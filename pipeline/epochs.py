@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.arguments import check_flag, check_whole, show
 from pipeline.errors import InputError
-from pipeline.intervals import check_whole
-from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,18 +32,20 @@ class Epochs:
     world_size: int
 
     def __post_init__(self) -> None:
+        check_flag("drop_last", self.drop_last)
         check_whole("batch_size", self.batch_size, least=1)
         check_whole("seed", self.seed, least=0)
         check_whole("world_size", self.world_size, least=1)
         check_whole("rank", self.rank, least=0)
         if self.rank >= self.world_size:
             raise InputError(
-                f"rank is less than world_size; got rank {self.rank} of {self.world_size}; ranks count from 0"
+                f"rank is less than world_size; got rank {show(self.rank)} of {show(self.world_size)}; "
+                "ranks count from 0"
             )
         if not len(self):
             raise InputError(
-                f"an epoch has a batch; {self.count:,} windows on {count_of(self.world_size, 'rank')} fill none of "
-                f"{self.batch_size:,}, and drop_last leaves them out; take a smaller batch_size"
+                f"an epoch has a batch; {self.count:,} windows on {show(self.world_size)} ranks fill none of "
+                f"{show(self.batch_size)}, and drop_last leaves them out; take a smaller batch_size"
             )
 
     @property
@@ -58,9 +59,10 @@ class Epochs:
         """Batches of a rank in an epoch."""
         return (self.share + self.batch_size - 1) // self.batch_size
 
-    def even(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Pad an epoch's order (count,) by its beginning, or cut it, so that it has as many windows for every rank."""
-        return np.resize(order, self.share * self.world_size)
+    def take(self, order: NDArray[np.int64], first: int, step: int) -> NDArray[np.int64]:
+        """Take a rank's share of an epoch's order (count,): from `first` on every `step`-th, begun again at its end."""
+        # What is taken one after the other comes from less than one round beyond the end: no sum is beyond 64 bits.
+        return order[(first % self.count + np.arange(self.share) * (step % self.count)) % self.count]
 
     def permuted(self, epoch: int) -> NDArray[np.int64]:
         """Places (count,) of an epoch, permuted by (seed, epoch)."""

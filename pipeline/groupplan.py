@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
+from pipeline.arguments import show
 from pipeline.errors import InputError
 from pipeline.markup import html_table
 from pipeline.matrices import MatrixGroup
@@ -304,5 +305,5 @@ def by_member(given: Any, members: Mapping[str, Any], what: str) -> dict[str, An
             f"write {{{next(iter(members))!r}: ...}}"
         )
     if unknown := [each for each in given if each not in members]:
-        raise InputError(f"{what} names arrays of the group; got {unknown[0]!r}; it has {', '.join(members)}")
+        raise InputError(f"{what} names arrays of the group; got {show(unknown[0])}; it has {', '.join(members)}")
     return {name: given.get(name) for name in members}

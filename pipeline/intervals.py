@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
 
+from pipeline.arguments import MOST_ROWS, check_array, check_choice, check_numbers, check_whole, show
 from pipeline.errors import InputError
 from pipeline.sizes import count_of
 
@@ -25,15 +26,6 @@ _SUM_TOLERANCE = 1e-9
 _NAMES = {1: ["train"], 2: ["train", "test"], 3: ["train", "validation", "test"]}
 
 
-def check_whole(name: str, value: object, *, least: int) -> int:
-    """Return a whole number of at least `least`, or raise InputError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InputError(f"{name} is a whole number; got {value!r}; give one of at least {least}")
-    if value < least:
-        raise InputError(f"{name} is at least {least}; got {value}; give a larger one")
-    return int(value)
-
-
 def check_intervals(
     within: ArrayLike, rows: int, *, where: Callable[[int], str] = "at place {}".format
 ) -> NDArray[np.int64]:
@@ -41,11 +33,8 @@ def check_intervals(
 
     `where` names the place of an interval in messages.
     """
-    try:
-        given = np.asarray(within)
-    except ValueError as error:
-        raise InputError(f"intervals are pairs of rows, [first, stop); got {error}; give (m, 2)") from error
-    if given.ndim != 2 or given.shape[1] != 2 or not len(given) or given.dtype.kind not in "iu":
+    given = check_numbers("intervals", within, "pairs of rows, [first, stop), of shape (m, 2)")
+    if given.ndim != 2 or given.shape[1] != 2 or not len(given):
         raise InputError(
             f"intervals are whole numbers of shape (m, 2); got {given.dtype} of shape {given.shape}; give [first, stop)"
         )
@@ -74,7 +63,9 @@ def fitting_intervals(rows: int, length: int, within: ArrayLike | None) -> NDArr
         Default: one interval, the whole matrix.
     """
     if length > rows:
-        raise InputError(f"a window lies inside the matrix; got length {length} for {rows} rows; give 1 to {rows}")
+        raise InputError(
+            f"a window lies inside the matrix; got length {show(length)} for {rows} rows; give 1 to {rows}"
+        )
     intervals = np.array([[0, rows]]) if within is None else check_intervals(within, rows)
     fitting = intervals[intervals[:, 1] - intervals[:, 0] >= length]
     if not len(fitting):
@@ -163,19 +154,18 @@ def split_rows(
     >>> {name: int((part[:, 1] - part[:, 0]).sum()) for name, part in parts.items()}
     {'train': 75258, 'test': 24742}
     """
-    check_whole("rows", rows, least=1)
-    check_whole("length", length, least=1)
+    rows = check_whole("rows", rows, least=1, most=MOST_ROWS)
+    length = check_whole("length", length, least=1)
     check_whole("seed", seed, least=0)
-    if by not in get_args(By):
-        raise InputError(f"rows are split by {', '.join(get_args(By))}; got {by!r}; name one of them")
-    if not isinstance(fractions, Mapping | Sequence | np.ndarray) or isinstance(fractions, str):
-        raise InputError(f"fractions are a list, or a mapping of names to them; got {fractions!r}; try (0.8, 0.2)")
+    check_choice("by", by, get_args(By))
+    if not isinstance(fractions, Mapping | Sequence | np.ndarray) or isinstance(fractions, str | bytes):
+        raise InputError(f"fractions are a list, or a mapping of names to them; got {show(fractions)}; try (0.8, 0.2)")
+    shares = _check_fractions(list(fractions.values()) if isinstance(fractions, Mapping) else fractions)
     names = list(fractions) if isinstance(fractions, Mapping) else list(map(str, range(len(fractions))))
-    shares = _check_fractions(list(fractions.values()) if isinstance(fractions, Mapping) else list(fractions))
     if block_rows is not None:
+        block_rows = check_whole("block_rows", block_rows, least=length, most=MOST_ROWS)
         if by != "blocks":
             raise InputError(f"block_rows is of a split by blocks; got {block_rows} with by={by!r}; drop it")
-        check_whole("block_rows", block_rows, least=length)
     fitting_intervals(rows, length, within)
     intervals = np.array([[0, rows]]) if within is None else check_intervals(within, rows)
     total = int((intervals[:, 1] - intervals[:, 0]).sum())
@@ -211,14 +201,19 @@ def name_parts(count: int) -> list[str]:
     return _NAMES.get(count, [str(number) for number in range(count)])
 
 
-def _check_fractions(fractions: list[float]) -> NDArray[np.float64]:
-    try:
-        shares = np.array(fractions, dtype=np.float64)
-    except (TypeError, ValueError):
-        shares = np.array(np.nan)
-    if shares.ndim != 1 or not shares.size or not (shares > 0).all() or shares.sum() > 1 + _SUM_TOLERANCE:
+def _check_fractions(fractions: object) -> NDArray[np.float64]:
+    given = check_array("fractions", fractions, "numbers such as 0.8, 0.1, 0.1")
+    # What can be turned into floats need not be numbers: a mask can, and times.
+    shares = given.astype(np.float64) if given.dtype.kind in "iuf" else np.array(np.nan)
+    if (
+        shares.ndim != 1
+        or not shares.size
+        or not ((shares > 0) & (shares < 2)).all()
+        or (shares.sum() > 1 + _SUM_TOLERANCE)
+    ):
         raise InputError(
-            f"fractions are positive and their sum is at most 1; got {fractions}; write them such as 0.8, 0.1, 0.1"
+            f"fractions are positive and their sum is at most 1; got {show(fractions)}; write them such as "
+            "0.8, 0.1, 0.1"
         )
     if shares.sum() > 1 - _SUM_TOLERANCE:
         # Every row belongs to a part, whatever the sum was rounded to.

@@ -34,8 +34,12 @@ class Request:
 
     def differences(self, facts: Any) -> list[str]:
         """Names of the facts that another request has otherwise, or lacks, or has beside these."""
-        other = facts if isinstance(facts, dict) else {}
-        return sorted(name for name in {*self.facts, *other} if self.facts.get(name) != other.get(name))
+        # What was read may hold anything.
+        other = {str(name): fact for name, fact in facts.items()} if isinstance(facts, dict) else {}
+        names = {*self.facts, *other}
+        return sorted(
+            name for name in names if not (isinstance(other.get(name), str) and self.facts.get(name) == other[name])
+        )
 
 
 def digest_array(array: NDArray[Any]) -> str:

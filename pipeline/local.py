@@ -16,6 +16,7 @@ import distributed
 from dask.system import CPU_COUNT
 from tornado.ioloop import PeriodicCallback
 
+from pipeline.arguments import check_flag, check_whole, show
 from pipeline.dashboard import Worker, can_defer_pages, defer_pages
 from pipeline.deployments import check_keys, keywords_of, mapping_of
 from pipeline.errors import InputError
@@ -81,12 +82,10 @@ def local_kwargs(
     workers = workers or 1
     kwargs = LOCAL_DEFAULTS | given | overrides
     processes = kwargs["processes"]
-    if not isinstance(processes, bool):
-        raise InputError(f"processes is true or false; got {processes!r}; correct it")
+    check_flag("processes", processes)
     for key, least in (("n_workers", 0 if workers > 1 else 1), ("threads_per_worker", 1)):
         value = kwargs.setdefault(key, least)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{key} is a whole number, at least {least}; got {value!r}; correct it")
+        check_whole(key, value, least=least)
     workers = max(workers, kwargs["n_workers"])
     if "threads_per_worker" not in given | overrides:
         kwargs["threads_per_worker"] = math.ceil(max(_MIN_THREADS, CPU_COUNT) / workers)
@@ -94,6 +93,8 @@ def local_kwargs(
     # A limit that was written for the other kind of worker says nothing about this one.
     switched = processes != given.get("processes", LOCAL_DEFAULTS["processes"])
     limit = (overrides if switched else given | overrides).get("memory_limit", "auto")
+    if not isinstance(limit, str | int | float | None):
+        raise InputError(f"memory_limit is a number of bytes, or text such as 8GB; got {show(limit)}; correct it")
     if limit == "auto":
         limit = budget().nbytes // workers if processes else 0
     if not processes:
@@ -152,7 +153,7 @@ def check_no_limit(limit: Any) -> None:
     if limit not in (0, None, "0"):
         raise InputError(
             "workers in the process of their client must have no memory limit, or the result would pause them; "
-            f"got memory_limit={limit!r}; set memory_limit=0, or processes=True"
+            f"got memory_limit={show(limit)}; set memory_limit=0, or processes=True"
         )
 
 

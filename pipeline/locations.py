@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from pipeline.arguments import check_mapping, check_path
 from pipeline.errors import InputError, OpenError
 
 if TYPE_CHECKING:
@@ -120,8 +121,11 @@ def locate(name: str | os.PathLike[str] | Url, options: Mapping[str, Any] | None
     >>> locate("s3://bucket/A.zarr").name
     'A.zarr'
     """
+    if options is not None:
+        check_mapping("storage_options", options)
     if isinstance(name, Url):
         return name if options is None else replace(name, options=dict(options))
+    check_path("a path", name)
     found = None if isinstance(name, os.PathLike) else _URL.fullmatch(name)
     scheme = found[1].lower() if found else "file"
     if scheme == "file":

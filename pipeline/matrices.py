@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from pipeline.arguments import check_text, show
 from pipeline.arrays import refuse_group
 from pipeline.attributes import dimension_names
 from pipeline.errors import InputError, OpenError
@@ -215,7 +216,7 @@ def _open_mapping(
     opened: dict[str, Matrix] = {}
     for name, source in sources.items():
         if not isinstance(name, str) or not name:
-            raise InputError(f"arrays of a group have names; got {name!r}; give words such as features and labels")
+            raise InputError(f"arrays of a group have names; got {show(name)}; give words such as features and labels")
         if isinstance(source, Matrix):
             if reading["check_reads"] or reading["missing_chunks"] != "error":
                 raise InputError(
@@ -225,7 +226,7 @@ def _open_mapping(
             opened[name] = source
             continue
         # Of those that are on a disk already, or open, options of a store are none.
-        options = storage_options if isinstance(source, Url) or "://" in str(source) else None
+        options = storage_options if isinstance(source, Url) or (isinstance(source, str) and "://" in source) else None
         opened[name] = open_single(source, storage_options=options, **reading)
     return make_group(", ".join(each.path for each in opened.values()), opened)
 
@@ -294,8 +295,8 @@ def _choose[T](arrays: Mapping[str, T], members: Iterable[str] | None, name: str
     if members is None:
         return dict(arrays)
     if isinstance(members, str) or not isinstance(members, Iterable):
-        raise InputError(f"members are names of arrays; got {members!r}; give a list")
-    wanted = list(members)
+        raise InputError(f"members are names of arrays; got {show(members)}; give a list")
+    wanted = [check_text("a member", each) for each in members]
     if absent := [each for each in wanted if each not in arrays]:
         held = ", ".join([str(each) for each in arrays][:_LISTED]) or "none"
         raise InputError(f"a member is an array of the group; {name} has no {absent[0]!r}; it has {held}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pipeline.arguments import check_choice, check_flag, check_mapping, is_whole, show
 from pipeline.arrays import locate_array, open_folder, open_root, reading_config, refuse_group
 from pipeline.attributes import array_labels
 from pipeline.conventions import say_scaling
@@ -99,10 +100,8 @@ class Matrix:
 
     def check_length(self, length: int) -> int:
         """Return `length` as an int, or raise InputError where no window of it fits."""
-        if isinstance(length, bool) or not isinstance(length, int | np.integer):
-            raise InputError(f"length is a whole number of rows; got {length!r}; give 1 to {self.rows}")
-        if not 1 <= length <= self.rows:
-            raise InputError(f"a window lies inside the matrix; got length {length}; give 1 to {self.rows} rows")
+        if not is_whole(length) or not 1 <= length <= self.rows:
+            raise InputError(f"a window lies inside the matrix; got length {show(length)}; give 1 to {self.rows} rows")
         return int(length)
 
     def inputs(self) -> list[Path | Url]:
@@ -184,8 +183,8 @@ def open_found(
     dataset: str | None = None,
 ) -> Matrix | FoundGroup:
     """Open what is there: one matrix, or a group; see `open_matrix`."""
-    if missing_chunks not in ("error", "fill"):
-        raise InputError(f"missing_chunks is error or fill; got {missing_chunks!r}; choose one")
+    check_choice("missing_chunks", missing_chunks, ("error", "fill"))
+    check_flag("check_reads", check_reads)
     fills = missing_chunks == "fill"
     options = {"dtype": dtype, "row_shape": row_shape, "dataset": dataset}
     matrix = _open(source, storage_options, fills=fills, **options)
@@ -216,10 +215,12 @@ def _open(
                 return _open_in_place(str(location) if "://" in str(source) else str(source), **options)
             node, name, place = open_folder(path), str(source), str(path)
     else:
-        if storage_options:
+        if storage_options is not None and check_mapping("storage_options", storage_options):
             raise InputError("storage_options are for URLs; what is open already has its own; drop them")
         if isinstance(source, Sequence):
             return _open_in_place(source, **options)
+        if not _is_store(source) and not hasattr(source, "store_path"):
+            raise _no_matrix(source)
         name = name_store(getattr(source, "store_path", source))
         node = open_root(source, name) if _is_store(source) else source
     if _is_group(node):
@@ -253,13 +254,17 @@ def _is_store(source: Any) -> bool:
     return isinstance(source, Store)
 
 
+def _no_matrix(source: object) -> InputError:
+    return InputError(
+        f"a matrix is a path, several, or a zarr.Array; got {type(source).__name__}; save it with numpy.save"
+    )
+
+
 def _open_zarr(array: zarr.Array[Any], path: str, *, fills: bool) -> Matrix:
     import zarr
 
     if not isinstance(array, zarr.Array):
-        raise InputError(
-            f"a matrix is a path, several, or a zarr.Array; got {type(array).__name__}; save it with numpy.save"
-        )
+        raise _no_matrix(array)
     array = reading_config(array, fills=fills)
     dtype = np.dtype(array.dtype)
     check_numeric(dtype, path)

@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from pipeline.arguments import is_whole, show
 from pipeline.errors import BudgetError, InputError
 from pipeline.sizes import format_size
 
@@ -55,15 +56,15 @@ def parse_size(text: str | int) -> int:
     (8000000000, 1610612736, 4096)
     """
     nbytes = 0
-    if isinstance(text, int) and not isinstance(text, bool):
-        nbytes = text
+    if is_whole(text):
+        nbytes = int(text)
     elif isinstance(text, str) and (match := _SIZE.fullmatch(text.strip())):
         prefix = match["unit"].lower().removesuffix("b")
         base = 1024 if prefix.endswith("i") else 1000
         nbytes = int(Decimal(match["number"]) * base ** _EXPONENT.get(prefix[:1], 0))
     if nbytes < 1:
-        raise InputError(f"a size is a positive number of bytes; got {text!r}; write it such as 8GB or 500MiB")
-    return nbytes
+        raise InputError(f"a size is a positive number of bytes; got {show(text)}; write it such as 8GB or 500MiB")
+    return min(nbytes, 2**63 - 1)
 
 
 @dataclass(frozen=True, slots=True)

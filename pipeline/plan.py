@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pipeline.arguments import check_choice
 from pipeline.columns import Part, Selection, select
 from pipeline.encoding import writing_nbytes
 from pipeline.errors import BudgetError
@@ -213,7 +214,7 @@ class Plan:
 
     def cost(self, order: Order) -> Cost:
         """Cost of one order."""
-        return self.chunk if order == "chunk" else self.request
+        return self.chunk if check_choice("order", order, ("chunk", "request")) == "chunk" else self.request
 
     def count_tasks(self, windows: int) -> int:
         """How many tasks of so many windows `tasks` yields."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from dask.callbacks import Callback
 
+from pipeline.arguments import check_flag
 from pipeline.capacity import active_client, count_threads, is_in_task, measure_workers
 from pipeline.errors import InputError
 from pipeline.memory import held_nbytes
@@ -75,9 +76,7 @@ def choose_form(progress: bool | None, *, lines: bool = False) -> Form:
     lines
         Whether automatic is a line every ten seconds where there is no terminal and no notebook; else it is nothing.
     """
-    if progress is not None and not isinstance(progress, bool):
-        raise InputError(f"progress is {progress!r}; give True, False or None")
-    wanted = read_setting() if progress is None else progress
+    wanted = read_setting() if progress is None else check_flag("progress", progress)
     if wanted is None and not lines and _is_muted():
         wanted = False
     if wanted is False:

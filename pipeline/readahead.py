@@ -123,7 +123,7 @@ class Reading:
         """Places of this rank's windows in an epoch."""
         epochs = self.epochs
         order = epochs.permuted(epoch) if self.shuffle else np.arange(epochs.count)
-        return epochs.even(order)[epochs.rank :: epochs.world_size]
+        return epochs.take(order, epochs.rank, epochs.world_size)
 
     def fit(self, survey: Survey | None) -> _Ahead:
         """Choose how far to read ahead; BudgetError where that does not fit."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.arguments import check_path
 from pipeline.errors import IntegrityError, OpenError, OutputExistsError
 from pipeline.manifest import Checksums, Manifest
 from pipeline.progress import shown
@@ -124,7 +125,7 @@ def prepare_recording(
 ) -> Recording:
     """Check everything that `write_manifest` needs before it reads."""
     target, storage = locate_files(path, storage_options)
-    manifest = Path(manifest)
+    manifest = Path(check_path("manifest", manifest))
     if os.path.lexists(manifest):
         raise OutputExistsError(f"a manifest is written once; {manifest} exists; name another, or remove it yourself")
     if not manifest.absolute().parent.is_dir():

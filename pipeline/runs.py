@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from dask import config
 from dask.base import compute
 from dask.callbacks import Callback
 
@@ -166,7 +167,9 @@ def run_tasks(
         yield from flight.run(iter(tasks), window=window, held=0 if results_travel else _MOST_HELD)
         return
     left = iter(tasks)
-    limited: dict[str, Any] = {"num_workers": at_once} if at_once < threads else {}
+    # Dask's own threads do not take a number that was configured as text.
+    told = at_once < threads or isinstance(config.get("num_workers", None), str)
+    limited: dict[str, Any] = {"num_workers": min(at_once, threads)} if told else {}
     if pool is not None:
         limited = {"pool": pool}
     retries = Retries(watch.task_retried)

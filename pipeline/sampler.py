@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.arguments import check_flag, check_whole
 from pipeline.decoding import touched_units
 from pipeline.epochs import Epochs
 from pipeline.groupplan import GroupPlan, check_plan
-from pipeline.intervals import check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -118,7 +118,7 @@ class ChunkBatchSampler:
         """
         share, _ = self._share()
         epochs = self._epochs
-        plain = epochs.even(epochs.generator(self._epoch).permutation(epochs.count))[epochs.rank :: epochs.world_size]
+        plain = epochs.take(epochs.permuted(self._epoch), epochs.rank, epochs.world_size)
         most = self._entropy(plain)
         return min(1.0, self._entropy(share) / most) if most else 1.0
 
@@ -131,6 +131,7 @@ class ChunkBatchSampler:
             Whether one process reads all batches, and keeps the chunks of a pool. Several decode up to as many each.
             Otherwise each batch decodes all that it touches.
         """
+        check_flag("kept", kept)
         if not self._chunk_rows:
             return 0
         share, pools = self._share()
@@ -166,7 +167,7 @@ class ChunkBatchSampler:
         borders = np.cumsum([len(pool) for pool in pools])
         share = self._epochs.share
         begin = self._epochs.rank * share
-        mine = self._epochs.even(np.concatenate(pools))[begin : begin + share]
+        mine = self._epochs.take(np.concatenate(pools), begin, 1)
         within = borders[(borders > begin) & (borders < begin + share)] - begin
         return mine, np.split(mine, within)
 

@@ -15,6 +15,7 @@ from distributed.comm.addressing import get_address_host, parse_address
 from distributed.security import Security
 from distributed.utils import clean_dashboard_address, get_ip_interface
 
+from pipeline.arguments import show
 from pipeline.errors import InputError, NotFoundError, OpenError
 
 _ENCRYPTED = ("tls", "wss", "gateway", "inproc")
@@ -144,16 +145,18 @@ def check_dashboard(address: Any, *, insecure: bool) -> None:
     InputError
         If it is so, or the address is none.
     """
+    if not isinstance(address, str | int | list | tuple | None):
+        raise InputError(f"a dashboard's address is HOST:PORT; got {show(address)}; write '127.0.0.1:8787'")
     if insecure or address in (None, False) or dask.config.get(_DASHBOARD_CERTIFICATE, None):
         return
     try:
-        hosts = [each["address"] for each in clean_dashboard_address(address)]
-    except (ValueError, UnboundLocalError):
-        raise InputError(f"a dashboard's address is HOST:PORT; got {address!r}; write '127.0.0.1:8787'") from None
-    if not all(is_loopback(host) for host in hosts):
+        remote = not all(is_loopback(each["address"]) for each in clean_dashboard_address(address))
+    except Exception:  # noqa: BLE001 (Dask takes numbers, texts and lists of them, and fails in many ways)
+        raise InputError(f"a dashboard's address is HOST:PORT; got {show(address)}; write '127.0.0.1:8787'") from None
+    if remote:
         raise InputError(
             f"a dashboard is on loopback, where ssh -L reaches it, or has TLS ({_DASHBOARD_CERTIFICATE}); got "
-            f"{address!r}; write '127.0.0.1:8787', or {_ALLOW}"
+            f"{show(address)}; write '127.0.0.1:8787', or {_ALLOW}"
         )
 
 

@@ -28,7 +28,8 @@ def format_size(nbytes: float) -> str:
     """
     if abs(nbytes) < 1024:
         return f"{nbytes:.0f} B"
-    value = float(nbytes)
+    # Floats end where integers go on.
+    value = float(min(nbytes, 1e300))
     units = ["KiB", "MiB", "GiB", "TiB", "PiB"]
     while units:
         unit, *units = units

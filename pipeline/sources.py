@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline import formats, hdf5
+from pipeline.arguments import check_dtype, check_path, check_shape, check_text, check_whole, is_whole, show
 from pipeline.arrays import (
     check_decodable,
     count_nbytes,
@@ -344,7 +345,11 @@ def open_source(
     >>> open_source("random:2000000x2000").shape
     (2000000, 2000)
     """
-    options = _Options(dtype, row_shape, dataset, axis, seed)
+    if not is_whole(axis):
+        raise InputError(f"axis is a whole number; got {show(axis)}; give 0 for the first")
+    if dataset is not None:
+        check_text("dataset", dataset)
+    options = _Options(dtype, row_shape, dataset, int(axis), check_whole("seed", seed, least=0))
     if isinstance(source, str | os.PathLike) or not isinstance(source, Sequence):
         return _open_one(source, options)
     if not source:
@@ -382,12 +387,9 @@ class _Options:
         refuse_options(source, kind, **{name: getattr(self, name) for name in names})
 
     def parse_dtype(self) -> np.dtype[Any]:
-        try:
-            dtype = np.dtype(self.dtype)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"a dtype must be one of NumPy's; got {self.dtype!r}; write float32 or >f4") from error
+        dtype = check_dtype(self.dtype)
         if dtype.hasobject:
-            raise InputError(f"a dtype must be of numbers; got {self.dtype!r}; write float32 or >f4")
+            raise InputError(f"a dtype must be of numbers; got {show(self.dtype)}; write float32 or >f4")
         return dtype
 
 
@@ -403,7 +405,7 @@ def refuse_options(source: str, kind: str, **options: Any) -> None:
 def _open_one(source: str | os.PathLike[str] | zarr.Array[Any], options: _Options) -> Source:
     if not isinstance(source, str | os.PathLike):
         return _open_zarr(source, options)
-    text = os.fspath(source)
+    text = os.fspath(check_path("a source", source))
     if text.startswith(_RANDOM) and not Path(text).exists():
         return _open_random(text, options)
     location = locate(source)
@@ -487,12 +489,7 @@ def _open_raw(path: Path, options: _Options) -> FileSource:
         )
     options.refuse(str(path), "raw binary", "dataset")
     dtype = options.parse_dtype()
-    try:
-        row_shape = tuple(int(n) for n in options.row_shape)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"a row shape is a list of integers; got {options.row_shape!r}; write 2000 or 64,64"
-        ) from error
+    row_shape = check_shape("row_shape", options.row_shape)
     _check_array(str(path), (1, *row_shape), dtype, 0)
     stamp = FileStamp.take(path)
     rows, remainder = divmod(stamp.size, math.prod(row_shape) * dtype.itemsize)
@@ -551,7 +548,7 @@ def _open_random(text: str, options: _Options) -> RandomSource:
     if options.axis != 0:
         raise InputError(f"random numbers have their rows first; got axis {options.axis}; leave --axis out")
     if not 0 <= options.seed < 2**64:
-        raise InputError(f"a seed must lie in [0, 2**64); got {options.seed}; choose another")
+        raise InputError(f"a seed must lie in [0, 2**64); got {show(options.seed)}; choose another")
     dtype = np.dtype(np.float64) if options.dtype is None else options.parse_dtype()
     if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise InputError(f"random numbers are float64 or float32; got {dtype}; choose one of them")
@@ -584,7 +581,8 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], axis: 
         raise InputError(f"a source must have less than 2**63 bytes; {name} has shape {shape}; make it smaller")
     if not -len(shape) <= axis < len(shape):
         raise InputError(
-            f"--axis must lie in [{-len(shape)}, {len(shape) - 1}]; {name} has shape {shape}, got {axis}; change it"
+            f"--axis must lie in [{-len(shape)}, {len(shape) - 1}]; {name} has shape {shape}, got {show(axis)}; "
+            "change it"
         )
     return axis % len(shape)
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.arguments import MOST_ROWS, check_flag, check_numbers, check_whole, show
 from pipeline.errors import BudgetError, InputError
-from pipeline.intervals import check_whole, fitting_intervals
+from pipeline.intervals import fitting_intervals
 from pipeline.memory import budget
 from pipeline.sizes import format_size
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 _DRAWN_NBYTES = 64
 """Memory that drawing and planning takes for each start."""
+_LAID_OUT, _LAID_OUT_SHARE = 10_000, 50
+"""Where `numpy.random.Generator.choice` without replacement takes memory for all that it chooses from."""
+_MOST_MARGINALS = 10**9
+"""`numpy.random.Generator.multivariate_hypergeometric` takes as many, less one."""
 
 
 def draw_starts(
@@ -69,8 +74,11 @@ def draw_starts(
     >>> draw_starts(1_000_000, length=16, count=4, seed=0)
     array([850611, 636952, 511128, 269782])
     """
-    for name, value, least in (("rows", rows, 1), ("length", length, 1), ("count", count, 1), ("seed", seed, 0)):
-        check_whole(name, value, least=least)
+    rows, length = _check_window(rows, length)
+    count = check_whole("count", count, least=1)
+    check_whole("seed", seed, least=0)
+    check_flag("replace", replace)
+    check_flag("overlap", overlap)
     _check_fit(count, "draw and run them in parts, each with a seed and an output of its own")
     fitting = fitting_intervals(rows, length, within)
     generator = np.random.default_rng(seed)
@@ -83,7 +91,7 @@ def draw_starts(
     elif count > total:
         raise InputError(f"without replacement a start is drawn once; {count} of {total} were asked for; ask for fewer")
     else:
-        drawn = generator.choice(total, size=count, replace=False)
+        drawn = _draw_distinct(generator, total, count)
     ends = np.cumsum(choices)
     interval = np.searchsorted(ends, drawn, side="right")
     starts: NDArray[np.int64] = fitting[interval, 0] + drawn - (ends - choices)[interval]
@@ -127,8 +135,9 @@ def grid_starts(
     >>> grid_starts(100, length=16, stride=16, within=[[0, 40], [50, 100]])
     array([ 0, 16, 50, 66, 82])
     """
-    for name, value, least in (("rows", rows, 1), ("length", length, 1), ("stride", stride, 1), ("offset", offset, 0)):
-        check_whole(name, value, least=least)
+    rows, length = _check_window(rows, length)
+    stride = check_whole("stride", stride, least=1, most=MOST_ROWS)
+    offset = check_whole("offset", offset, least=0, most=MOST_ROWS)
     fitting = fitting_intervals(rows, length, within)
     room = fitting[:, 1] - fitting[:, 0] - length - offset
     counts = np.where(room >= 0, room // stride + 1, 0)
@@ -143,13 +152,25 @@ def grid_starts(
     return starts
 
 
-def _check_fit(count: int, way_out: str) -> None:
-    """Raise BudgetError where so many starts do not fit in memory."""
-    allowed = budget()
-    if count * _DRAWN_NBYTES > allowed.nbytes:
+def _check_window(rows: int, length: int) -> tuple[int, int]:
+    return check_whole("rows", rows, least=1, most=MOST_ROWS), check_whole("length", length, least=1)
+
+
+def _check_fit(count: int, way_out: str, *, more: int = 0) -> None:
+    """Raise BudgetError where so many starts do not fit in memory, and `more` bytes beside them."""
+    allowed, nbytes = budget(), count * _DRAWN_NBYTES + more
+    if nbytes > allowed.nbytes:
         raise BudgetError(
-            f"starts fit in memory; {count} of them take {format_size(count * _DRAWN_NBYTES)}, {allowed}; {way_out}"
+            f"starts fit in memory; {show(count)} of them take {format_size(nbytes)}, {allowed}; {way_out}"
         )
+
+
+def _draw_distinct(generator: np.random.Generator, total: int, count: int) -> NDArray[np.int64]:
+    """Draw `count` of `total` numbers, each at most once, in random order; BudgetError where that does not fit."""
+    # NumPy lays all of them out, unless it draws few of many.
+    if total > _LAID_OUT and count > total // _LAID_OUT_SHARE:
+        _check_fit(count, "draw fewer, or within parts of the rows", more=8 * total)
+    return generator.choice(total, count, replace=False)
 
 
 def _draw_disjoint(
@@ -161,12 +182,17 @@ def _draw_disjoint(
         raise InputError(
             f"windows that do not overlap: at most {capacity.sum()} fit, {count} were asked for; ask for fewer"
         )
-    # The "marginals" method counts one by one only over the intervals, so its cost does not grow with the rows.
-    counts = generator.multivariate_hypergeometric(capacity, count, method="marginals")
+    if (total := int(capacity.sum())) < _MOST_MARGINALS:
+        # The "marginals" method counts one by one only over the intervals, so its cost does not grow with the rows.
+        counts = generator.multivariate_hypergeometric(capacity, count, method="marginals")
+    else:
+        ends = np.cumsum(capacity)
+        interval = np.searchsorted(ends, _draw_distinct(generator, total, count), side="right")
+        counts = np.bincount(interval, minlength=len(capacity))
     starts = np.empty(count, dtype=np.int64)
     filled = 0
     for (first, stop), share in zip(intervals.tolist(), counts.tolist(), strict=True):
-        points = np.sort(generator.choice(stop - first - share * (length - 1), size=share, replace=False))
+        points = np.sort(_draw_distinct(generator, stop - first - share * (length - 1), share))
         starts[filled : filled + share] = first + points + np.arange(share) * (length - 1)
         filled += share
     generator.shuffle(starts)
@@ -180,11 +206,9 @@ def check_starts(
 
     `where` names the place of a start in messages.
     """
-    given = np.asarray(starts)
+    given = check_numbers("starts", starts, "a list of rows")
     if given.ndim != 1 or not given.size:
         raise InputError(f"starts are one-dimensional and at least one; got shape {given.shape}; give a list of rows")
-    if given.dtype.kind not in "iu":
-        raise InputError(f"starts are whole numbers; got dtype {given.dtype}; convert them to int64")
     # Checked in their own dtype: a cast first would wrap 2**63 to a negative number, or a small dtype overflow.
     lowest, highest = int(given.min()), int(given.max())
     if lowest < 0 or highest > rows - length:

@@ -27,13 +27,13 @@ def locate_files(
     path: str | Path | Url | zarr.Array[Any] | zarr.Group, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[str, Storage]:
     """Name of a target, and where its files lie."""
-    if not isinstance(path, str | Path | Url):
-        node: Any = path
+    node: Any = path
+    if hasattr(node, "store_path"):
         folder = local_folder(node)
         prefix = f"{node.path}/" if node.path else ""
         objects = Objects(node.store, prefix)
         return (objects.name, objects) if folder is None else (str(node.store_path), Folder(str(folder.absolute())))
-    location = locate(path, storage_options)
+    location = locate(node, storage_options)
     if isinstance(location, Url):
         from pipeline.stores import open_store
 

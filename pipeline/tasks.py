@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.arguments import check_choice, show
 from pipeline.arrays import check_decodable
 from pipeline.columns import find_lost
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
@@ -152,7 +153,7 @@ def prepare_work(plan: Plan, apply: Apply | None) -> Work:
     if apply is None:
         return work
     if not callable(apply):
-        raise InputError(f"apply is a function of one block; got {apply!r}; give a callable")
+        raise InputError(f"apply is a function of one block; got {show(apply)}; give a callable")
     block = np.empty((1, *plan.window_shape), plan.dtype)
     reader.read_windows(plan.starts[:1], plan.length, block, np.zeros(1, np.int64))
     probed = call_apply(apply, block, int(plan.starts[0]), 0)
@@ -222,7 +223,7 @@ def cast_result(made: NDArray[Any], result: BlockShape, start: int, place: int) 
         raise IntegrityError(f"{rule} {made.shape[1:]} {made.dtype}; mend it")
     if made.dtype == result.dtype:
         return made
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         cast = made.astype(result.dtype)
     if (lost := find_lost(made, cast)) is not None:
         raise IntegrityError(
@@ -355,11 +356,7 @@ def build_tasks(plan: Plan, *, apply: Apply | None = None, order: Order = "chunk
 
 def check_order(order: str) -> Order:
     """Return `order`, or raise InputError."""
-    if order == "chunk":
-        return "chunk"
-    if order == "request":
-        return "request"
-    raise InputError(f"order is chunk or request; got {order!r}; choose one")
+    return "chunk" if check_choice("order", order, ("chunk", "request")) == "chunk" else "request"
 
 
 def call_task[**P, T](function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:

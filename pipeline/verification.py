@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline.arguments import check_path, check_whole, show
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.inspection import Place, StoredArray, describe_arrays, say_runs
-from pipeline.locations import Url
 from pipeline.manifest import Manifest
 from pipeline.progress import shown
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import zarr
 
     from pipeline.inspection import Runs
+    from pipeline.locations import Url
     from pipeline.manifest import Checksums
     from pipeline.report import Watch
     from pipeline.storage import Opened, Storage
@@ -185,15 +186,16 @@ def prepare_verification(
     storage_options: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Decide what is compared with what, look at names and metadata, and draw what is read."""
-    if not 0 < subset <= 1:
-        raise InputError(f"a subset is a part of all, more than 0 and at most 1; got {subset!r}; give such as 0.1")
-    if seed < 0:
-        raise InputError(f"a seed is a whole number of at least 0; got {seed!r}; choose another")
+    if isinstance(subset, bool) or not isinstance(subset, int | float | np.number) or not 0 < subset <= 1:
+        raise InputError(f"a subset is a part of all, more than 0 and at most 1; got {show(subset)}; give such as 0.1")
+    check_whole("seed", seed, least=0)
+    if manifest is not None:
+        check_path("manifest", manifest)
     target, storage = locate_files(path, storage_options)
     # First, since a store that is gone is known soon by it.
     document = None if isinstance(storage, Folder) and storage.only is not None else storage.read_document(METADATA)
     listed = _list(target, storage, document)
-    given = None if isinstance(path, str | Path | Url) else path
+    given: Any = path if hasattr(path, "store_path") else None
     if manifest is not None:
         recorded = Manifest.read(Path(manifest))
         known = recorded.files

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
+from pipeline.arguments import check_flag
 from pipeline.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
 from pipeline.columns import window_rows
@@ -353,6 +354,8 @@ def prepare_storing(
     if output.location.suffix != ".zarr":
         raise InputError(f"a result is a Zarr group in a folder; got {output.location}; name it .zarr")
     check_order(order)
+    check_flag("resume", resume)
+    check_flag("overwrite", overwrite)
     plans = plans_of(plan, ALONE)
     if isinstance(plan, GroupPlan):
         check_names(plans)

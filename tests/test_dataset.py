@@ -54,7 +54,7 @@ def test_places_of_every_kind(folder, starts, windows):
     np.testing.assert_array_equal(dataset[np.array(3)], windows[3])
     np.testing.assert_array_equal(dataset[2:9:3], windows[2:9:3])
     for wrong in (True, 1.5, "a"):
-        with pytest.raises(InputError, match="a place is a whole number"):
+        with pytest.raises(InputError, match="^(a place is|places)"):
             dataset[wrong]
 
 
@@ -92,7 +92,7 @@ def test_windows_of_every_reader(folder, starts, windows, name, keep):
             _ = dataset[outside]
         with pytest.raises(IndexError):
             dataset.__getitems__([0, outside])
-    with pytest.raises(InputError, match="a place is a whole number"):
+    with pytest.raises(InputError, match="^(a place is|places)"):
         _ = dataset[[0.5]]
     # A loop without a loader ends, as over any sequence.
     assert sum(1 for _ in dataset) == COUNT

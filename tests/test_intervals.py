@@ -100,7 +100,7 @@ def test_fractions_below_one_leave_rows_over():
     ("options", "words"),
     [
         ({"fractions": ()}, "fractions are positive"),
-        ({"fractions": (0.5, 0.0)}, "got [0.5, 0.0]"),
+        ({"fractions": (0.5, 0.0)}, "got (0.5, 0.0)"),
         ({"fractions": (0.5, -0.1)}, "positive"),
         ({"fractions": (0.8, 0.3)}, "at most 1"),
         ({"fractions": (float("nan"),)}, "nan"),

@@ -59,7 +59,7 @@ LAYERS = [
     "fetching identity journal manifest notice npy stores",
     "folderstore holding sharing",
     "conventions credentials files locations markup memory preads record rowfiles",
-    "filesystem",
+    "arguments filesystem",
     "errors formats exits pages signals sizes trust",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""

@@ -155,7 +155,7 @@ def test_bad_arguments(options, words):
         ([[1, 2]], "one-dimensional"),
         ([], "at least one"),
         (np.array([2**63], np.uint64), "9223372036854775808"),
-        (["a"], "whole numbers"),
+        (["a"], "'a' at place 0"),
     ],
 )
 def test_bad_starts(starts, words):
