@@ -269,6 +269,8 @@ def test_run_to_npy(cli, matrix, values, tmp_path):
     counts = {
         *RESUMED,
         "checked_reads",
+        "file_system_lacks",
+        "filled_coordinates",
         "nbytes_delivered",
         "nbytes_read",
         "amplification",
