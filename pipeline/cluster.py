@@ -27,7 +27,7 @@ from pipeline.jobs import count_processes, start_jobs
 from pipeline.launch import launch, open_workers
 from pipeline.local import check_no_limit, start_local
 from pipeline.nannies import watch_exits
-from pipeline.security import check_address
+from pipeline.security import check_address, warn_of_plain
 from pipeline.ssh import START_SECONDS, start_ssh
 from pipeline.startup import last_error, name_cause, remote_lines
 
@@ -62,9 +62,9 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> AbstractCont
     **overrides
         `workers`: how many; two or more on this machine are processes, unless `processes=False` is given, too.
         `threads`: of each worker. `scheduler_address` or `scheduler_file`: a scheduler that runs already, in the place
-        of the file's cluster. `insecure=True`: what leaves this machine need not be encrypted. `silence_logs=False`
-        lets Dask's log lines through. All others are keywords of the cluster's class, and go over the file's `kwargs`,
-        such as `n_workers=2, processes=True` or `walltime="01:00:00"`.
+        of the file's cluster. `insecure=True`: connections need not be encrypted, so that others can use them.
+        `silence_logs=False` lets Dask's log lines through. All others are keywords of the cluster's class, and go over
+        the file's `kwargs`, such as `n_workers=2, processes=True` or `walltime="01:00:00"`.
 
     Returns
     -------
@@ -115,6 +115,8 @@ def _connected(cluster: str | Path | None, overrides: dict[str, Any]) -> Generat
         else:
             check_address(address, insecure=choice.insecure)
             client = _reach(address)
+            if warning := warn_of_plain(address, insecure=choice.insecure):
+                sys.stderr.write(f"{warning}\n")
         stack.callback(_close, client)
         if address is None and not client.scheduler.address.startswith("inproc"):
             watch_exits(client)
@@ -172,7 +174,7 @@ def _start(stack: ExitStack, choice: Choice, deployment: Deployment) -> Any:
     try:
         match deployment.module, deployment.name:
             case _, "LocalCluster":
-                cluster = start_local(stack, kwargs, level=choice.level, replace=adapt is None)
+                cluster = start_local(stack, kwargs, encryption, level=choice.level, replace=adapt is None)
             case _, "SSHCluster":
                 with remote_lines() as said:
                     cluster = start_ssh(stack, kwargs, encryption, level=choice.level)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask
-from distributed import Security
 
 from pipeline.clusterfile import OPEN_SETTINGS
 from pipeline.deployments import check_keys, keywords_of, mapping_of
@@ -24,7 +23,6 @@ from pipeline.security import (
     check_protocol,
     choose_encryption,
     files_in,
-    given_encryption,
     make_security,
     point_to,
     without_dashboard,
@@ -33,6 +31,8 @@ from pipeline.security import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from contextlib import ExitStack
+
+    from distributed import Security
 
 _SCHEDULER_DASHBOARD = "127.0.0.1:8787"
 _WORKER_DASHBOARD = "127.0.0.1:0"
@@ -72,7 +72,7 @@ def job_kwargs(
     InputError
         If a keyword is not known, workers cannot reach the scheduler, or others could in plain.
     OpenError
-        If jobs cannot be handed in from this machine, or certificates not be made.
+        If jobs cannot be handed in from this machine.
     """
     job = factory.job_cls
     check_keys(kwargs, sorted(keywords_of(*factory.__mro__, *job.__mro__)), f"kwargs in {origin}")
@@ -120,7 +120,7 @@ def job_kwargs(
     made |= {"scheduler_options": options, "worker_extra_args": extra}
     if exports := [f"export {name}={shlex.quote(value)}" for name, value in _environment(settings)]:
         made["job_script_prologue"] = [*(in_force("job_script_prologue", "env_extra") or []), *exports]
-    return made, given_encryption(kwargs.get("security")) or choose_encryption(insecure=insecure)
+    return made, choose_encryption(kwargs.get("security"), insecure=insecure)
 
 
 def start_jobs(stack: ExitStack, factory: Any, kwargs: dict[str, Any], encryption: Encryption, *, level: Any) -> Any:
@@ -142,8 +142,7 @@ def start_jobs(stack: ExitStack, factory: Any, kwargs: dict[str, Any], encryptio
     OpenError
         If there is no place for the certificates.
     """
-    given = kwargs.get("security")
-    security = given if isinstance(given, Security) else make_security(encryption)
+    security = make_security(encryption, kwargs.get("security"))
     if security is not None:
         section = f"jobqueue.{kwargs.get('config_name') or factory.job_cls.default_config_name()}"
         shared = kwargs.get("shared_temp_directory") or dask.config.get(f"{section}.shared-temp-directory", None)

@@ -25,10 +25,10 @@ from pipeline.memory import budget
 from pipeline.security import (
     Encryption,
     check_dashboard,
+    check_interface,
     check_protocol,
     choose_encryption,
-    given_encryption,
-    listens_on_loopback,
+    make_security,
     without_dashboard,
 )
 from pipeline.startup import UNGUARDED, Nanny
@@ -71,8 +71,6 @@ def local_kwargs(
     ------
     InputError
         If a keyword or its value cannot be used, or others could reach the cluster in plain.
-    OpenError
-        If certificates are needed, and cannot be made.
     """
     known = keywords_of(distributed.LocalCluster, distributed.Nanny, distributed.Worker) - {"worker_class"}
     check_keys(given, sorted(known), f"kwargs in {origin}")
@@ -123,29 +121,17 @@ def _check_scheduler(options: dict[str, Any], origin: str) -> None:
 
 
 def _encrypted(kwargs: dict[str, Any], *, insecure: bool) -> tuple[dict[str, Any], Encryption]:
-    """Keep what leaves this machine from others; what does not needs no encryption."""
-    security = distributed.Security()
+    """Keep what leaves this process from others, those on this machine included."""
     served = kwargs | (kwargs.get("scheduler_kwargs") or {})
     check_dashboard(served["dashboard_address"], insecure=insecure)
     own = any(kwargs.get(key) for key in ("protocol", "security", "host", "interface", "scheduler_port"))
     if not kwargs["processes"] and not own:
         # Also where Dask's settings ask for encryption: nothing is sent.
-        return kwargs | {"protocol": "inproc://"}, Encryption.LOOPBACK
-    if all(listens_on_loopback({"host": "127.0.0.1"} if _is_open(each) else each) for each in (kwargs, served)):
-        asked = given_encryption(kwargs.get("security"))
-        return kwargs, asked or (Encryption.CONFIGURED if security.require_encryption else Encryption.LOOPBACK)
+        return kwargs | {"protocol": "inproc://"}, Encryption.IN_PROCESS
+    check_interface(kwargs.get("interface"))
     check_protocol(kwargs.get("protocol"), insecure=insecure)
-    encryption = given_encryption(kwargs.get("security")) or choose_encryption(insecure=insecure)
-    if encryption is Encryption.TEMPORARY:
-        kwargs = kwargs | {"security": True}
-    if encryption is not Encryption.NONE:
-        kwargs = kwargs | {"protocol": "tls://"}
-    return kwargs, encryption
-
-
-def _is_open(options: dict[str, Any]) -> bool:
-    """Whether neither host nor interface is named: a LocalCluster takes loopback then."""
-    return options.get("host") is None and options.get("interface") is None
+    encryption = choose_encryption(kwargs.get("security"), insecure=insecure)
+    return kwargs if encryption is Encryption.NONE else {"protocol": "tls://"} | kwargs, encryption
 
 
 def check_no_limit(limit: Any) -> None:
@@ -157,19 +143,19 @@ def check_no_limit(limit: Any) -> None:
         )
 
 
-def start_local(stack: ExitStack, kwargs: dict[str, Any], *, level: Any, replace: bool) -> Any:
+def start_local(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption, *, level: Any, replace: bool) -> Any:
     """Start a LocalCluster, which `stack` closes.
 
     Parameters
     ----------
-    kwargs
+    kwargs, encryption
         What `local_kwargs` gave.
     level
         Of Dask's log lines that are let through; falsy: all.
     replace
         Whether processes that end for good are started anew.
     """
-    kwargs = kwargs | {"silence_logs": level}
+    kwargs = kwargs | {"silence_logs": level, "security": make_security(encryption, kwargs.get("security"))}
     # The children that Python starts while it imports the main script would start children of their own, and so on.
     if kwargs["processes"] and getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(UNGUARDED)

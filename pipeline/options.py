@@ -104,7 +104,7 @@ def connecting(function: Callable[..., None]) -> Callable[..., None]:
         ),
         option("--workers", type=click.IntRange(min=1), help="How many; two or more on this machine are processes."),
         option("--threads", type=click.IntRange(min=1), help="Tasks at once on a worker."),
-        option("--insecure", is_flag=True, help="Allow what leaves this machine without TLS."),
+        option("--insecure", is_flag=True, help="Allow connections without TLS, which others can use."),
     ]
     return functools.reduce(lambda made, add: add(made), reversed(options), verb)
 

@@ -70,8 +70,6 @@ def ssh_kwargs(
     ------
     InputError
         If a keyword is not known, hosts cannot reach each other, or others could in plain.
-    OpenError
-        If certificates cannot be made.
     """
     known = keywords_of(distributed.SSHCluster, distributed.SpecCluster) - {"security"}
     check_keys(kwargs, sorted(known), f"kwargs in {origin}")

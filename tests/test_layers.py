@@ -70,6 +70,7 @@ OUTSIDE = {
     "click": "cli options pages",
     "cloudpickle": "identity request tasks",
     "asyncssh": "ssh",
+    "cryptography": "security",
     "dask": "bench capacity choice cluster clusterfile dashboard failures flights jobs local progress runs security services settings ssh tasks",
     "distributed": "bench capacity cluster dashboard failures flights jobs launch local nannies security ssh startup tasks workers",
     "fsspec": "locations",

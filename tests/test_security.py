@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shlex
 import signal
 import stat
@@ -67,8 +68,12 @@ def test_loopback(host, expected):
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "127.0.0.1:1", "tcp://localhost:1", "inproc://192.0.2.7/1/2"])
-def test_schedulers_on_loopback_need_no_encryption(address):
+def test_schedulers_on_loopback_may_be_plain_and_it_is_said_what_that_means(address):
     check_address(address, insecure=False)
+    warning = security.warn_of_plain(address, insecure=False)
+    assert (warning is None) is address.startswith("inproc")
+    assert warning is None or re.match(rf"{address} .*every user of this machine can run code.*--insecure", warning)
+    assert security.warn_of_plain(address, insecure=True) is None
 
 
 def test_what_is_plain():
@@ -143,24 +148,30 @@ def encryption(given, *, insecure=False, **settings):
 OPEN = {"processes": True, "host": "0.0.0.0"}
 
 
-def test_a_local_cluster_off_loopback_is_encrypted():
-    assert encryption({}) == (Encryption.LOOPBACK, "inproc://", None)
-    assert encryption({"processes": True}) == (Encryption.LOOPBACK, None, None)
-    assert encryption({"processes": True, "host": "127.0.0.1"}) == (Encryption.LOOPBACK, None, None)
-    assert encryption({"processes": True, "interface": "lo"}) == (Encryption.LOOPBACK, None, None)
-    for given in (OPEN, {"processes": True, "host": ELSEWHERE}, {"processes": True, "host": f"tcp://{ELSEWHERE}:0"}):
-        assert encryption(given) == (Encryption.TEMPORARY, "tls://", True)
+def test_a_local_cluster_is_encrypted_on_loopback_too():
+    assert encryption({}) == (Encryption.IN_PROCESS, "inproc://", None)
+    for where in ({}, {"host": "127.0.0.1"}, {"interface": "lo"}, {"host": "0.0.0.0"}, {"host": ELSEWHERE}):
+        assert encryption({"processes": True} | where) == (Encryption.TEMPORARY, "tls://", None)
+        assert encryption({"processes": True} | where, insecure=True) == (Encryption.NONE, None, None)
+    for listens in ({"host": "127.0.0.1"}, {"scheduler_port": 0, "interface": "lo"}, {"security": True}):
+        assert encryption(listens)[:2] == (Encryption.TEMPORARY, "tls://")
     for processes in (True, False):
         with pytest.raises(InputError, match="got host in scheduler_kwargs"):
             encryption({"processes": processes, "scheduler_kwargs": {"host": ELSEWHERE}})
-    assert encryption(OPEN, insecure=True) == (Encryption.NONE, None, None)
     own = distributed.Security.temporary()
-    assert encryption(OPEN | {"security": own}) == (Encryption.CONFIGURED, "tls://", own)
-    assert encryption({"processes": True, "security": True}) == (Encryption.TEMPORARY, None, True)
     for insecure in (False, True):
+        assert encryption(OPEN | {"security": own}, insecure=insecure) == (Encryption.CONFIGURED, "tls://", own)
+        assert encryption(OPEN | {"security": True}, insecure=insecure) == (Encryption.TEMPORARY, "tls://", True)
         assert encryption(OPEN, insecure=insecure, **CERTIFICATES) == (Encryption.CONFIGURED, "tls://", None)
-    with pytest.raises(InputError, match="got protocol 'tcp://'"):
-        encryption(OPEN | {"protocol": "tcp://"})
+    # A setting that asks for encryption, and names no certificates.
+    assert encryption({"processes": True}, **{"distributed.comm.require-encryption": True})[0] is Encryption.TEMPORARY
+    for wrong in ({"protocol": "tcp://"}, {"protocol": "ws"}):
+        for given in (OPEN, {"processes": True}, {}):
+            with pytest.raises(InputError, match="protocol '(tcp://|ws)' is not encrypted; .*--insecure"):
+                encryption(given | wrong)
+            assert encryption(given | wrong, insecure=True)[0] is Encryption.NONE
+    with pytest.raises(InputError, match="security is true or a distributed.Security; got dict"):
+        encryption({"processes": True, "security": {"ca": "a.pem"}})
     with pytest.raises(InputError, match="interface is one of this machine's.*nosuch0"):
         encryption({"processes": True, "interface": "nosuch0"})
     with pytest.raises(InputError, match="dashboard"):
@@ -176,31 +187,9 @@ def test_threads_are_of_this_process_also_where_dask_is_told_to_encrypt():
         assert client.submit(sum, [3, 4]).result() == 7
 
 
-@LINUX
-def test_temporary_certificates_keep_others_out():
-    """On loopback, too, where they are asked for."""
-    before = listening()
-    with connect(processes=True, workers=1, security=True, protocol="tls://", dashboard_address=None) as client:
-        assert client.scheduler.address.startswith("tls://127.0.0.1:")
-        assert all(each.startswith("tls://127.0.0.1:") for each in client.scheduler_info()["workers"])
-        assert client.submit(sum, [3, 4]).result() == 7
-        assert {host for host, _ in listening() - before} == LOOPBACK
-        stranger = distributed.Security.temporary()
-        for security_of, address in ((None, client.scheduler.address.replace("tls", "tcp")), (stranger, None)):
-            with (
-                pytest.raises(OSError, match=r".*"),
-                distributed.Client(
-                    address or client.scheduler.address, security=security_of, timeout=0.5, set_as_default=False
-                ),
-            ):
-                pass
-    assert listening() == before
-
-
 def test_a_package_that_is_absent_is_named(monkeypatch):
     absent = []
     monkeypatch.setattr(deployments, "find_spec", lambda name: None if name in absent else object())
-    monkeypatch.setattr(security, "find_spec", lambda name: None if name in absent else object())
     for name, module, kind in (
         ("dask_jobqueue", "dask_jobqueue", "SLURMCluster"),
         ("dask_kubernetes", "dask_kubernetes.operator", "KubeCluster"),
@@ -213,11 +202,6 @@ def test_a_package_that_is_absent_is_named(monkeypatch):
         Path("my.yaml").write_text(f"version: 1\nclass: {kind}\n")
         with pytest.raises(OpenError, match="pip install"), connect("my.yaml"):
             pass
-    absent[:] = ["cryptography"]
-    with pytest.raises(OpenError, match=r"pip install cryptography, name your own.*--insecure"):
-        encryption(OPEN)
-    assert encryption(OPEN, insecure=True)[0] is Encryption.NONE
-    assert encryption(OPEN, **CERTIFICATES)[0] is Encryption.CONFIGURED
 
 
 def test_importing_a_class_leaves_ctrl_c_alone(monkeypatch):
