@@ -32,6 +32,7 @@ _ERROR = re.compile(r"([A-Za-z_][\w.]*\.)?[A-Z]\w*(Error|Exception|Interrupt|Exi
 _COMPLAINT = re.compile(r"not found|[Nn]o such|[Dd]enied|cannot|[Ee]rror|failed")
 _KILLED = 255
 """Exit code that stands for a signal that nobody knows, and for an interpreter that is not there."""
+_WRAPPED = "failed to start"
 _REMOTE = "distributed.deploy.ssh"
 """Logger that gets what hosts say while they start."""
 
@@ -141,8 +142,10 @@ def _name_end(exitcode: int) -> str:
 
 
 def say_cause(error: BaseException) -> str:
-    """Write what an exception was raised from in the first place, and where that was, if not in Dask."""
-    root = list(_chain(error))[-1]
+    """Write what a start failed of, and where that was raised, if not in Dask."""
+    causes = list(_chain(error))
+    # Dask says of each that it failed; the first that says something else is meant for its reader.
+    root = next((each for each in causes if _WRAPPED not in str(each)), causes[-1])
     words = " ".join(str(root).split())
     said = f"{type(root).__name__}: {words}" if words else type(root).__name__
     frames = extract_tb(root.__traceback__)
