@@ -82,6 +82,15 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
+def write_document(path: Path, content: bytes) -> None:
+    """Write a small file beside its name, then in its place: nobody reads a part of it, and no link is followed."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
+        file.write(content)
+    move_file(partial, path)
+
+
 def advise(fd: int, offset: int, nbytes: int, advice: str) -> None:
     """Tell the kernel what will be read or was written, where it can be told; `nbytes` 0 means all of the file."""
     if hasattr(os, "posix_fadvise"):

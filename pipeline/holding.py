@@ -23,19 +23,23 @@ import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from pipeline.errors import OutputExistsError
-from pipeline.filesystem import is_refused, note_refusal, remove_empty
+from pipeline.filesystem import is_refused, note_refusal, remove_empty, write_document
+from pipeline.trust import check_own, plain_words, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-NAMES = r"lock|holder|claim-\d+"
+NAMES = r"lock|holder|holder\.partial|claim-\d+"
 """Pattern of the names of files that say who writes: they are nobody's work."""
 _BEAT_SECONDS = 2.0
 """How often a claim is renewed."""
 _SILENT_SECONDS = 20.0
 """A claim of another machine that is not renewed for so long is void; Python may be held up for seconds by `apply`."""
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _TRIES = 20
 _TRY_SECONDS = 0.05
 """Between tries for the lock, which another takes for an instant to see whether it is held."""
@@ -63,7 +67,7 @@ class Hold:
 
     def discard(self) -> None:
         """Let others write, and remove the folder, in which nothing else is left."""
-        for path in (self._folder / "holder", *_claims(self._folder)):
+        for path in (self._folder / "holder", self._folder / "holder.partial", *_claims(self._folder)):
             if self._claim is None or path != self._claim.path:
                 path.unlink(missing_ok=True)
         # Last, while it is held: whoever waits for it sees that it is gone.
@@ -92,8 +96,10 @@ def hold(folder: Path) -> Iterator[Hold]:
 def find_holder(folder: Path) -> str:
     """Words for the run that holds a folder now; empty where none does."""
     locked = False
+    with suppress(FileNotFoundError):
+        check_own(folder, deep=False)
     with suppress(OSError):
-        fd = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | _NO_LINK)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -122,14 +128,17 @@ def _lock(folder: Path) -> Hold:
     """Take the lock; its file goes with the folder, so whoever waited for one that is gone must see that."""
     lock = folder / "lock"
     for _ in range(_TRIES):
-        folder.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            # Nobody else puts anything into it.
+            folder.mkdir(mode=0o700)
         fd = -1
         try:
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            check_own(folder, deep=True)
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NO_LINK, 0o666)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(fd), lock.stat()):
                 _check_claims(folder, {})
-                (folder / "holder").write_text(json.dumps(_myself()))
+                write_document(folder / "holder", json.dumps(_myself()).encode())
                 return Hold(folder, fd, None)
         except (BlockingIOError, FileNotFoundError):
             pass
@@ -289,15 +298,15 @@ def _is_alive(path: Path, *, wait: Callable[[float], object] = time.sleep) -> bo
 def _read(path: Path) -> dict[str, Any] | None:
     """What a file says of a run; None where it is not there, nothing where it cannot be read now."""
     try:
-        found = json.loads(path.read_bytes())
+        found = msgspec.json.decode(read_document(path), type=dict[str, str | int])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return dict(found)
 
 
 def _say(who: dict[str, Any] | None) -> str:
     if not who:
         return "which one is not known"
-    return f"process {who.get('process')} on {who.get('host')}, since {who.get('since')}"
+    return plain_words(f"process {who.get('process')} on {who.get('host')}, since {who.get('since')}")

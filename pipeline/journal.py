@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
+import msgspec
 import numpy as np
 
 from pipeline.filesystem import flush, move_file
 from pipeline.record import FileRecord
+from pipeline.trust import is_key, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,6 +21,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _VERSION = 1
+_Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Header(msgspec.Struct):
+    """First line of a journal."""
+
+    version: int
+    cut: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    request: dict[str, str]
+
+
+class _Entry(msgspec.Struct):
+    """Every other line: a task, and key, size and crc32 of each file that it wrote."""
+
+    task: _Natural
+    files: list[tuple[str, _Natural, _Natural]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +92,23 @@ class Journal:
     def read(cls, path: Path) -> Self | None:
         """Read a journal as far as it is whole; None where not even its first line is."""
         try:
-            first, *lines = path.read_bytes().split(b"\n")[:-1]
-            header = json.loads(first)
-            facts, cut = header["request"], int(header["cut"])
-            if header["version"] != _VERSION or cut < 1:
-                return None
-        except (OSError, ValueError, KeyError, TypeError):
+            first, *lines = read_document(path).split(b"\n")[:-1]
+            header = msgspec.json.decode(first, type=_Header)
+        except (OSError, ValueError, RecursionError):
+            return None
+        if header.version != _VERSION:
             return None
         done: dict[int, tuple[FileRecord, ...]] = {}
         for line in lines:
             try:
-                entry = json.loads(line)
-                done[int(entry["task"])] = tuple(FileRecord(str(k), int(n), int(c)) for k, n, c in entry["files"])
-            except (ValueError, KeyError, TypeError):
+                entry = msgspec.json.decode(line, type=_Entry)
+            except (ValueError, RecursionError):
                 # Cut off by a crash: what follows was never said to be done.
                 break
-        return cls(path, facts, cut, done)
+            if not all(not key or is_key(key) for key, _, _ in entry.files):
+                break
+            done[entry.task] = tuple(FileRecord(*file) for file in entry.files)
+        return cls(path, header.request, header.cut, done)
 
     def append(self, tasks: Iterable[tuple[int, tuple[FileRecord, ...]]]) -> None:
         """Note finished tasks, whose bytes are on the disk."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
 from pipeline.filesystem import flush, link_file
+from pipeline.trust import is_key, plain_words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,8 +69,10 @@ class Manifest:
                 for key, (nbytes, crc32) in document["files"].items()
             }
             manifest = cls(str(document["target"]), files, int(document["range_nbytes"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise OpenError(f"a manifest names sizes and checksums; {path} does not; write it anew") from error
+        if wrong := [key for key in files if not is_key(key)]:
+            raise OpenError(f"{path} names a file outside its target: {plain_words(wrong[0])[:80]}; write it anew")
         step = manifest.range_nbytes
         if step < 1 or any(len(each.crc32) != -(-each.nbytes // step) for each in files.values()):
             raise OpenError(f"a manifest has a checksum for each range; {path} has not; write it anew")

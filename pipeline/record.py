@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError
 from pipeline.filesystem import flush, is_ghost, move_file
+from pipeline.trust import is_key, plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -168,8 +169,10 @@ def parse_record(document: bytes, name: str) -> Record | None:
         return None
     try:
         files = {key: FileRecord(key, int(size), int(crc, 16)) for key, (size, crc) in ours["files"].items()}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise OpenError(f"a record names sizes and checksums; that in {name} does not; restore it") from error
+    if wrong := [key for key in files if not is_key(key)]:
+        raise OpenError(f"{name} names a file outside its output: {plain_words(wrong[0])[:80]}; restore it")
     digest = ours.pop("digest", None)
     return Record(ours, files, digest == _digest(parsed))
 

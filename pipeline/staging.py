@@ -41,6 +41,7 @@ from pipeline.locations import locate
 from pipeline.npy import is_whole_npy, read_mark
 from pipeline.record import METADATA, list_files, read_record, record_file
 from pipeline.sizes import count_of, format_size
+from pipeline.trust import check_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -345,6 +346,8 @@ def check_destination(path: Path, *, nbytes: int, resume: bool = False, overwrit
         raise OutputExistsError(
             f"only an output of ours is replaced; {path} is none; name another, or remove it yourself"
         )
+    if taken:
+        check_own(path, deep=True, published=True)
     there = _check_remains(partial) if _is_taken(partial) else 0
     free = count_free(path.parent)
     if free is not None and nbytes > free + there:

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+import tempfile
 from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DOCUMENT_NBYTES = 2**30
+"""Bytes of a document that are read at most: some ten million tasks are noted in them."""
+_KEY = re.compile(r"(?!/)(?:(?!\.{1,2}(?:/|$))[^/\x00-\x1f\x7f]+(?:/(?=[^/]))?)+")
 
 
 def find_stranger(status: os.stat_result) -> str | None:
@@ -46,4 +59,104 @@ def _is_private(group: int) -> bool:
     with suppress(KeyError):
         found, name = grp.getgrgid(group), pwd.getpwuid(os.geteuid()).pw_name
         return found.gr_name == name and not {*found.gr_mem} - {name}
+    return False
+
+
+def is_key(text: object) -> bool:
+    r"""Whether a text names a file below a folder: no name in it leads upwards, and none has control characters.
+
+    Examples
+    --------
+    >>> [is_key(text) for text in ("c/0/0", "zarr.json", "../a", "/etc/a", "a//b", "a/..", "a\nb", "", "a/")]
+    [True, True, False, False, False, False, False, False, False]
+    """
+    return isinstance(text, str) and _KEY.fullmatch(text) is not None
+
+
+def plain_words(text: str) -> str:
+    r"""Replace control characters, of which terminals make other things, in words that others may have written.
+
+    Examples
+    --------
+    >>> plain_words("a\x1b[2Jb")
+    'a?[2Jb'
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def read_document(path: Path) -> bytes:
+    """Read a small file that lies beside an output; OSError for a link, what is no file, and what is too large."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > DOCUMENT_NBYTES:
+            raise OSError(f"{path} is not a file of at most {DOCUMENT_NBYTES:,} bytes")
+        return file.read(DOCUMENT_NBYTES)
+
+
+def check_own(root: Path, *, deep: bool, published: bool = False) -> None:
+    """Refuse remains, or a result, in which somebody else could have put something; nothing in it is opened.
+
+    Parameters
+    ----------
+    root
+        A folder, or the file that a result is.
+    deep
+        Whether to look at all that is below it, and not only at what lies in it.
+    published
+        Whether it is a result, which a group may share, so that only owners and links count.
+
+    Raises
+    ------
+    OutputExistsError
+        If `root` is a link or another user's, or others can write it, or something in it is a link, another user's, or
+        neither a file nor a folder.
+    """
+    for path, fault in _find_faults(root, deep=deep, published=published):
+        raise OutputExistsError(
+            f"{path} {fault}: nothing of {root} is used or removed; choose another name, or remove it yourself"
+        )
+
+
+def _find_faults(root: Path, *, deep: bool, published: bool) -> Iterator[tuple[Path, str]]:
+    status = root.lstat()
+    kind = _find_kind(status)
+    if kind or not (published or stat.S_ISDIR(status.st_mode)):
+        yield root, kind or "is not a folder"
+        return
+    if published:
+        status = os.stat_result((status.st_mode & ~0o022, *status[1:]))
+    stranger = find_stranger(status)
+    if stranger and not _is_shown_so(root, status, published=published):
+        yield root, stranger
+        return
+    for parent, folders, files in os.walk(root):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            # A file that a worker has renamed meanwhile is looked at under its next name, where it matters.
+            with suppress(FileNotFoundError):
+                entry = path.lstat()
+                if kind := _find_kind(entry):
+                    yield path, kind
+                elif entry.st_uid not in (status.st_uid, 0):
+                    yield path, f"belongs to user {entry.st_uid}"
+        if not deep:
+            return
+
+
+def _find_kind(status: os.stat_result) -> str:
+    """Say what is neither a file nor a folder; empty for these."""
+    if stat.S_ISLNK(status.st_mode):
+        return "is a link"
+    return "" if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else "is neither a file nor a folder"
+
+
+def _is_shown_so(root: Path, status: os.stat_result, *, published: bool) -> bool:
+    """Whether a file system shows a new folder of this process as it shows `root`, whose status is given.
+
+    Network and FUSE file systems may give all files to one user, and let everybody write them.
+    """
+    with suppress(OSError), tempfile.TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as own:
+        new = os.lstat(own)
+        same = published or new.st_mode == status.st_mode
+        return find_stranger(new) is not None and new.st_uid == status.st_uid and same
     return False

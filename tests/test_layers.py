@@ -59,8 +59,8 @@ LAYERS = [
     "fetching identity journal manifest notice npy stores",
     "folderstore holding sharing",
     "conventions credentials files locations markup memory preads record rowfiles",
-    "arguments filesystem",
-    "errors formats exits pages signals sizes trust",
+    "arguments filesystem trust",
+    "errors formats exits pages signals sizes",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
 
@@ -78,7 +78,7 @@ OUTSIDE = {
     "h5py": "bench filters hdf5 references",
     "hdf5plugin": "filters",
     "matplotlib": "bench groupplan plan plots report",
-    "msgspec": "clusterfile settings",
+    "msgspec": "clusterfile holding journal settings",
     "numcodecs": "bench decoders filters",
     "obstore": "buckets keys storage stores",
     "tensorstore": "bench",
