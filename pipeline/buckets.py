@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from pipeline.errors import InputError, NotFoundError, OpenError
+from pipeline.fetching import run
 from pipeline.keys import is_cut, list_told
 from pipeline.locations import BUCKETS, MEMORY, WEB, plain, say_failure, store_error
 from pipeline.record import extend_crc32
@@ -285,10 +286,8 @@ class UrlBucket:
         return self._call(put())
 
     def _call[T](self, coroutine: Coroutine[Any, Any, T]) -> T:
-        from zarr.core.sync import sync
-
         try:
-            return sync(coroutine)
+            return run(coroutine)
         except TakenError:
             raise
         except FileNotFoundError as error:
@@ -359,7 +358,7 @@ class MemoryBucket:
             return [key async for key in self.store.list_prefix(prefix)]
 
         with _memory:
-            found = {key: self._get(key) for key in _sync(collect())}
+            found = {key: self._get(key) for key in run(collect())}
         return {key: _describe(content) for key, content in sorted(found.items()) if content is not None}
 
     def find(self, prefix: str) -> str | None:
@@ -406,19 +405,19 @@ class MemoryBucket:
     def delete(self, keys: Iterable[str]) -> None:
         """See `Bucket.delete`."""
         for key in keys:
-            _sync(self.store.delete(key))
+            run(self.store.delete(key))
 
     def _get(self, key: str) -> bytes | None:
-        from zarr.core.buffer import default_buffer_prototype
+        from zarr.core.buffer import cpu
 
-        buffer = _sync(self.store.get(key, default_buffer_prototype()))
+        buffer = run(self.store.get(key, cpu.buffer_prototype))
         return None if buffer is None else buffer.to_bytes()
 
     def _put(self, key: str, content: Content) -> Held:
         from zarr.core.buffer import cpu
 
         kept = bytes(content)
-        _sync(self.store.set(key, cpu.Buffer.from_bytes(kept)))
+        run(self.store.set(key, cpu.Buffer.from_bytes(kept)))
         return _describe(kept)
 
 
@@ -427,9 +426,3 @@ _memory = threading.RLock()
 
 def _describe(content: bytes) -> Held:
     return Held(len(content), digest_content(content))
-
-
-def _sync[T](coroutine: Coroutine[Any, Any, T]) -> T:
-    from zarr.core.sync import sync
-
-    return sync(coroutine)

@@ -11,6 +11,7 @@ import numpy as np
 from numcodecs import blosc
 
 from pipeline.chunks import CHECKSUM_NBYTES
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,17 +120,18 @@ def _undo_checksum(encoded: Any) -> Any:
 _UNDO = {"blosc": _undo_blosc, "crc32c": _undo_checksum}
 
 
+@pinned_config()
 def _zarr_decoder(array: zarr.Array[Any]) -> Decode | None:
     """Decode with the chain of codecs that zarr itself would run, other byte orders and filters included."""
     from zarr.codecs import ShardingCodec
     from zarr.core.array_spec import ArraySpec
-    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.buffer import cpu
     from zarr.core.codec_pipeline import FusedCodecPipeline
     from zarr.core.metadata.v2 import ArrayV2Metadata
 
     if isinstance(array.metadata, ArrayV2Metadata) and array.metadata.order != "C":
         return None
-    prototype = default_buffer_prototype()
+    prototype = cpu.buffer_prototype
     spec = ArraySpec(array.chunks, array.metadata.dtype, array.fill_value, array.config, prototype)
     pipeline = array.async_array.codec_pipeline
     if array.shards is not None:
@@ -141,6 +143,7 @@ def _zarr_decoder(array: zarr.Array[Any]) -> Decode | None:
     if transform is None or array.order != "C":
         return None
 
+    @pinned_config()
     def decode(encoded: NDArray[np.uint8], into: NDArray[Any]) -> None:
         values = transform.decode_chunk(prototype.buffer.from_array_like(encoded), spec).as_numpy_array()
         into[...] = np.asarray(values).reshape(into.shape)

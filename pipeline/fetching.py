@@ -7,6 +7,8 @@ from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from pipeline.zarrconfig import pinned_config, user_setting
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Iterable
     from concurrent.futures import Future
@@ -25,21 +27,29 @@ more.
 
 def concurrency() -> int:
     """Requests of a task that are in flight at once: `async.concurrency` where it is not Zarr's default."""
-    import zarr
-
-    name = "async.concurrency"
-    given, default = zarr.config.get(name), zarr.config.defaults[0]["async"]["concurrency"]
-    return _AT_ONCE if given in (None, default) else int(given)
+    return user_setting("async.concurrency") or _AT_ONCE
 
 
 def gather[T](*coroutines: Coroutine[Any, Any, T]) -> list[T]:
     """Run coroutines, all at once, and return their results."""
-    from zarr.core.sync import sync
 
     async def together() -> list[T]:
         return await asyncio.gather(*coroutines)
 
-    return sync(together())
+    return run(together())
+
+
+@pinned_config()
+def run[T](coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on Zarr's event loop, under our settings, and return its result."""
+    from zarr.core.sync import sync
+
+    return sync(coroutine)
+
+
+@pinned_config()
+def _begin[T](coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> Future[T]:
+    return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
 
 def in_flight[T](sized: Iterable[Sized[T]], *, most_nbytes: int) -> Generator[T]:
@@ -63,7 +73,7 @@ def in_flight[T](sized: Iterable[Sized[T]], *, most_nbytes: int) -> Generator[T]
         for nbytes, start in sized:
             while pending and (len(pending) >= most or sum(pending.values()) + nbytes > most_nbytes):
                 yield take()
-            future = asyncio.run_coroutine_threadsafe(start(), loop)
+            future = _begin(start(), loop)
             pending[future] = nbytes
             future.add_done_callback(done.put)
         while pending:
@@ -84,7 +94,7 @@ def in_order[T](sized: Iterable[Sized[T]], *, most_nbytes: int) -> Generator[T]:
                 freed, future = pending.popleft()
                 yield future.result()
                 held -= freed
-            pending.append((nbytes, asyncio.run_coroutine_threadsafe(start(), loop)))
+            pending.append((nbytes, _begin(start(), loop)))
             held += nbytes
         while pending:
             yield pending.popleft()[1].result()
@@ -94,9 +104,7 @@ def in_order[T](sized: Iterable[Sized[T]], *, most_nbytes: int) -> Generator[T]:
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:
-    from zarr.core.sync import sync
-
     async def running() -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 
-    return sync(running())
+    return run(running())

@@ -15,6 +15,7 @@ from pipeline.chunks import CHECKSUM_NBYTES, ShardIndex
 from pipeline.errors import IntegrityError
 from pipeline.layout import read_layout
 from pipeline.storage import checksum
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -167,6 +168,7 @@ class StoredArray:
         return tuple(-(-size // chunk) for size, chunk in zip(self.shape, self.file_shape, strict=True))
 
 
+@pinned_config()
 def describe_arrays(node: zarr.Array[Any] | zarr.Group) -> tuple[dict[str, StoredArray], list[str]]:
     """Describe the arrays of a node by their names; beside them the names of those that cannot be described."""
     import zarr

@@ -224,10 +224,10 @@ class Keys(Chunks):
 
     async def _get(self, path: str, number: int, wanted: ByteRequest | None) -> NDArray[np.uint8] | None:
         from zarr.abc.store import RangeByteRequest
-        from zarr.core.buffer import default_buffer_prototype
+        from zarr.core.buffer import cpu
 
         try:
-            buffer = await self.array.store.get(path, default_buffer_prototype(), wanted)
+            buffer = await self.array.store.get(path, cpu.buffer_prototype, wanted)
         except Exception as error:  # noqa: BLE001 (a store raises what it likes)
             if isinstance(wanted, RangeByteRequest):
                 size = await self._size(path)

@@ -18,6 +18,7 @@ from pipeline.matrix import FoundGroup, Matrix, open_found, open_single
 from pipeline.record import ATTRIBUTE
 from pipeline.sizes import format_size
 from pipeline.sources import is_numeric, refuse_options
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -273,6 +274,7 @@ def _open_group(found: FoundGroup, members: Sequence[str] | None, reading: dict[
     return make_group(name, opened)
 
 
+@pinned_config()
 def _list_arrays(found: FoundGroup) -> dict[str, zarr.Array[Any]]:
     """Arrays directly in a group, by name, in order of their names."""
     import zarr

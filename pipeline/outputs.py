@@ -14,6 +14,7 @@ from pipeline.record import seal_folder
 from pipeline.shards import create_array, write_entries
 from pipeline.sights import output_sights
 from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     import os
@@ -175,6 +176,7 @@ class FolderOutput:
         """See `Output.writing_nbytes`."""
         return writing_nbytes(file_nbytes, chunk_nbytes, plain=plain)
 
+    @pinned_config()
     def open_group(self) -> zarr.Group:
         """See `Output.open_group`."""
         import zarr
@@ -198,6 +200,7 @@ class FolderStage:
         """See `Stage.done`."""
         return self.staged.done
 
+    @pinned_config()
     def create_group(self) -> None:
         """See `Stage.create_group`."""
         import zarr

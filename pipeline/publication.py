@@ -60,6 +60,7 @@ from pipeline.shards import create_array
 from pipeline.sizes import count_of, format_size
 from pipeline.staging import check_apart, say_kept
 from pipeline.uploads import MOST_NBYTES, ObjectWriter, Upload, uploading_nbytes
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -114,6 +115,7 @@ class ObjectStage:
         """Metadata, by key: on the store they appear at the end."""
         self._store = MemoryStore(self._kept)
 
+    @pinned_config()
     def create_group(self) -> None:
         """See `outputs.Stage.create_group`."""
         import zarr

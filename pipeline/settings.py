@@ -12,15 +12,16 @@ import dask
 import msgspec
 from dask.utils import parse_timedelta
 
-from pipeline.arrays import FUSED_PIPELINE
 from pipeline.choice import Choice, Deployment, choose_cluster, plan_deployment
 from pipeline.cluster import no_workers_timeout
 from pipeline.clusterfile import key_lines, merged_settings
+from pipeline.fetching import concurrency
 from pipeline.memory import budget, parse_size
 from pipeline.progress import VARIABLE, read_setting
 from pipeline.secrecy import without_secrets
 from pipeline.security import address_encryption
 from pipeline.sizes import format_size
+from pipeline.zarrconfig import FUSED_PIPELINE, user_setting
 
 _BUILT_IN = "built in"
 _DASK = (
@@ -32,7 +33,6 @@ _DASK = (
     "temporary-directory",
 )
 """Settings of Dask that are shown whoever set them; of the others those that somebody set."""
-_ZARR = ("async.concurrency", "async.timeout", "threading.max_workers")
 _MADE_BY = {"workers": ("n_workers", "processes"), "threads": ("threads_per_worker", "cores", "processes", "nthreads")}
 """Keywords of a cluster's class that a flag sets."""
 
@@ -174,17 +174,11 @@ def _dask_settings(choice: Choice) -> dict[str, Setting]:
 
 
 def _zarr_settings() -> dict[str, Setting]:
-    import zarr
-
     made = {}
-    for name in _ZARR:
-        value = zarr.config.get(name)
-        variable = "ZARR_" + name.upper().replace(".", "__")
-        default: Any = zarr.config.defaults[0]
-        for key in name.split("."):
-            default = default[key]
-        origin = _BUILT_IN if value == default else "Zarr's configuration"
-        made[f"zarr.{name}"] = Setting(value, f"the environment, {variable}" if variable in os.environ else origin)
+    for name, value in (("async.concurrency", concurrency()), ("threading.max_workers", None)):
+        given, variable = user_setting(name), "ZARR_" + name.upper().replace(".", "__")
+        origin = f"the environment, {variable}" if variable in os.environ else "Zarr's configuration"
+        made[f"zarr.{name}"] = Setting(value, _BUILT_IN) if given is None else Setting(given, origin)
     made["zarr.codec_pipeline.path"] = Setting(FUSED_PIPELINE, _BUILT_IN)
     return made
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.arrays import FUSED_PIPELINE
 from pipeline.encoding import write_plain
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, PipelineError
 from pipeline.filesystem import sync_path
 from pipeline.layout import Files, read_layout
 from pipeline.plan import BLOCK_NBYTES
 from pipeline.record import record_file
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,6 +55,7 @@ class Cut:
         return self.shard or self.chunk
 
 
+@pinned_config()
 def create_array(
     path: Path | Store,
     name: str | None = None,
@@ -92,21 +93,20 @@ def create_array(
         )
         after = []
     store = FolderStore(path) if isinstance(path, Path) else path
-    with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
-        return zarr.create_array(
-            store,
-            name=name,
-            shape=shape,
-            dtype=dtype,
-            chunks=outer,
-            filters=None,
-            serializer=serializer,
-            compressors=after or None,
-            dimension_names=list(dimension_names),
-            attributes=attributes,
-            # An empty chunk that is left out reads as the fill value, and so does a lost one: write them all.
-            config={"write_empty_chunks": True},
-        )
+    return zarr.create_array(
+        store,
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        chunks=outer,
+        filters=None,
+        serializer=serializer,
+        compressors=after or None,
+        dimension_names=list(dimension_names),
+        attributes=attributes,
+        # An empty chunk that is left out reads as the fill value, and so does a lost one: write them all.
+        config={"write_empty_chunks": True},
+    )
 
 
 def write_entries(
@@ -162,6 +162,7 @@ def write_entries(
     return written
 
 
+@pinned_config()
 def _write_by_zarr(array: zarr.Array[Any], layout: Layout, start: int, block: NDArray[Any]) -> list[FileRecord]:
     """Write the entries of one file, or of those that hold the same rows."""
     files = layout.files

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.arrays import local_folder
+from pipeline.fetching import run
 from pipeline.filesystem import may_write
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import PlainFiles
@@ -160,6 +161,4 @@ def _digest(path: str, nbytes: int) -> str:
 
 
 def _size(store: Store, key: str) -> int:
-    from zarr.core.sync import sync
-
-    return sync(store.getsize(key))
+    return run(store.getsize(key))

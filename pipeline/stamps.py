@@ -21,6 +21,7 @@ from pipeline.layout import Files, PlainFiles, array_files
 from pipeline.locations import name_store
 from pipeline.sizes import count_of
 from pipeline.sources import FileSource, StackedSource, ZarrSource
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -170,6 +171,7 @@ def _documents(array: zarr.Array[Any]) -> Iterator[_Part]:
     yield _Document(array, key, hashlib.sha256(content).hexdigest())
 
 
+@pinned_config()
 def _describes(content: bytes, array: zarr.Array[Any]) -> bool:
     """Whether a metadata document is that of an array that was opened before, attributes aside."""
     try:
@@ -180,9 +182,9 @@ def _describes(content: bytes, array: zarr.Array[Any]) -> bool:
 
 
 def _plain_metadata(metadata: Any) -> dict[str, Any]:
-    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.buffer import cpu
 
-    documents = metadata.to_buffer_dict(default_buffer_prototype())
+    documents = metadata.to_buffer_dict(cpu.buffer_prototype)
     document: dict[str, Any] = json.loads(next(iter(documents.values())).to_bytes())
     return {key: value for key, value in document.items() if key != "attributes"}
 

@@ -214,9 +214,9 @@ class Objects:
     async def fetch(self, key: str, offset: int, stop: int) -> NDArray[np.uint8]:
         """Read bytes [offset, stop) of a key; the store raises what it likes."""
         from zarr.abc.store import RangeByteRequest
-        from zarr.core.buffer import default_buffer_prototype
+        from zarr.core.buffer import cpu
 
-        buffer = await self.store.get(key, default_buffer_prototype(), RangeByteRequest(offset, stop))
+        buffer = await self.store.get(key, cpu.buffer_prototype, RangeByteRequest(offset, stop))
         if buffer is None:
             raise IntegrityError("is gone")
         return buffer.as_numpy_array().view(np.uint8)

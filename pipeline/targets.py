@@ -11,6 +11,7 @@ from pipeline.errors import IntegrityError, NotFoundError, OpenError
 from pipeline.locations import Url, locate
 from pipeline.sources import split_name
 from pipeline.storage import Folder, Objects
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -48,6 +49,7 @@ def locate_files(
     return str(path), Folder(str(plain.absolute().parent), plain.name)
 
 
+@pinned_config()
 def open_target(storage: Storage, listed: Iterable[str]) -> zarr.Array[Any] | zarr.Group:
     """Open the Zarr array or group whose files lie there; OpenError where there is none."""
     if isinstance(storage, Objects):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.arrays import FUSED_PIPELINE
 from pipeline.buckets import TakenError, digest_content
 from pipeline.encoding import encode_plain, encoded_nbytes, writing_nbytes
 from pipeline.errors import IntegrityError, PipelineError
 from pipeline.layout import read_layout
 from pipeline.record import FileRecord, extend_crc32
+from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -141,16 +141,23 @@ def _encode_by_zarr(
     array: zarr.Array[Any], start: int, end: int, read: Callable[[int, int], NDArray[Any]]
 ) -> Iterator[tuple[str, Content]]:
     """Yield key and bytes of each file that holds entries [start, end), as zarr encodes them."""
+    kept = _fill_store(array, start, end, read(start, end))
+    for key in sorted(kept):
+        yield key, kept.pop(key).as_numpy_array().view(np.uint8)
+
+
+@pinned_config()
+def _fill_store(array: zarr.Array[Any], start: int, end: int, block: NDArray[Any]) -> dict[str, Any]:
+    """Encode entries [start, end) of an array, and return the contents of its store."""
     import zarr
     from zarr.core.array import AsyncArray
     from zarr.storage import MemoryStore, StorePath
 
     kept: dict[str, Any] = {}
-    with zarr.config.set({"codec_pipeline.path": FUSED_PIPELINE}):
-        inner: AsyncArray[Any] = AsyncArray(
-            array.metadata, StorePath(MemoryStore(kept), array.path), array.async_array.config
-        )
-    twin, block = zarr.Array(inner), read(start, end)
+    inner: AsyncArray[Any] = AsyncArray(
+        array.metadata, StorePath(MemoryStore(kept), array.path), array.async_array.config
+    )
+    twin = zarr.Array(inner)
     twin[start:end] = block
     found = np.asarray(twin[start:end])
     if not np.array_equal(found.view(np.uint8), np.ascontiguousarray(block, twin.dtype).view(np.uint8)):
@@ -158,6 +165,4 @@ def _encode_by_zarr(
             f"a file is decoded as it was encoded; entries {start} to {end - 1} of {array.path or 'the array'} are "
             f"not: check memory"
         )
-    del found, block
-    for key in sorted(kept):
-        yield key, kept.pop(key).as_numpy_array().view(np.uint8)
+    return kept

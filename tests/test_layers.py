@@ -60,7 +60,7 @@ LAYERS = [
     "folderstore holding sharing",
     "conventions credentials files locations markup memory preads record rowfiles",
     "arguments filesystem trust",
-    "errors formats exits pages signals sizes",
+    "errors formats exits pages signals sizes zarrconfig",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
 
@@ -86,7 +86,7 @@ OUTSIDE = {
     "tornado": "dashboard local",
     "tqdm": "progress",
     "yaml": "clusterfile",
-    "zarr": "arrays attributes bench buckets counting create dataset decoders decoding fetching folderstore inspection keys layout matrices matrix outputs publication ranged readers recording settings shards sights sources stamps storage stores targets uploads verification writeback",
+    "zarr": "arrays attributes bench buckets counting create dataset decoders decoding fetching folderstore inspection keys layout matrices matrix outputs publication ranged readers recording settings shards sights sources stamps storage stores targets uploads verification writeback zarrconfig",
 }
 """Modules that may import what is heavy or has a home of its own; NumPy and the standard library are for all."""
 
