@@ -23,11 +23,12 @@ from pipeline.dashboard import dashboard_link, right_links, say_dashboard
 from pipeline.deployments import load_class
 from pipeline.errors import InputError, OpenError, PipelineError
 from pipeline.exits import close_at_exit
+from pipeline.gate import guard_dashboards
 from pipeline.jobs import count_processes, start_jobs
 from pipeline.launch import launch, open_workers
 from pipeline.local import check_no_limit, start_local
 from pipeline.nannies import watch_exits
-from pipeline.security import check_address, warn_of_plain
+from pipeline.security import Encryption, check_address, warn_of_plain
 from pipeline.ssh import START_SECONDS, start_ssh
 from pipeline.startup import last_error, name_cause, remote_lines
 
@@ -118,8 +119,8 @@ def _connected(cluster: str | Path | None, overrides: dict[str, Any]) -> Generat
             if warning := warn_of_plain(address, insecure=choice.insecure):
                 sys.stderr.write(f"{warning}\n")
         stack.callback(_close, client)
-        if address is None and not client.scheduler.address.startswith("inproc"):
-            watch_exits(client)
+        if address is None:
+            _prepare_nodes(client, guarded=not choice.insecure and deployment.encryption is not Encryption.SERVICE)
         stack.enter_context(right_links(client))
         for line in say_dashboard(client, None if choice.origin == NO_FILE else choice.origin):
             sys.stderr.write(f"{line}\n")
@@ -138,6 +139,14 @@ def _connected(cluster: str | Path | None, overrides: dict[str, Any]) -> Generat
             if home != os.getpid():
                 # A forked process closes nothing of its parent's.
                 stack.pop_all()
+
+
+def _prepare_nodes(client: distributed.Client, *, guarded: bool) -> None:
+    """Put into the nodes of a cluster of ours what Dask leaves out; a service has its own way to its dashboards."""
+    if not client.scheduler.address.startswith("inproc"):
+        watch_exits(client)
+    if guarded:
+        guard_dashboards(client)
 
 
 def no_workers_timeout() -> str:

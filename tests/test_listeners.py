@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import dask
 import distributed
@@ -125,3 +127,106 @@ def test_a_scheduler_of_the_users_own_over_plain_tcp(capfd):
             said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("dashboard:")]
             assert len(said) == lines
             assert all("every user of this machine can run code" in line for line in said)
+
+
+# Dashboards, to a page of another site that the user's browser shows
+
+
+def ask(port, path="/status", method="GET", **headers):
+    """Status of one request, and what it says where it is refused."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.putrequest(method, path, skip_host="Host" in headers)
+        for name, value in headers.items():
+            connection.putheader(name.replace("_", "-"), value)
+        connection.endheaders()
+        response = connection.getresponse()
+        return response.status, response.read(300) if response.status == 403 else b""
+    finally:
+        connection.close()
+
+
+WEBSOCKET = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec_WebSocket_Version": "13",
+    "Sec_WebSocket_Key": "MDEyMzQ1Njc4OWFiY2RlZg==",
+    "Sec_WebSocket_Protocol": "bokeh, e30.e30",
+}
+
+
+def dashboards(client):
+    """Ports of the dashboards of scheduler and workers."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return [urlsplit(client.dashboard_link).port, *(each["services"]["dashboard"] for each in workers)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "in-process",
+        "processes",
+        pytest.param("ssh", marks=pytest.mark.ssh),
+        pytest.param("slurm", marks=pytest.mark.slurm),
+    ],
+)
+def test_dashboards_refuse_other_sites(name, request, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(json.dumps({"version": 1, **describe(name, tmp_path, request)}))
+    with connect(file) as client:
+        client.wait_for_workers(1 if name == "in-process" else 2, timeout=60)
+        ports = dashboards(client)
+        assert len(ports) == (2 if name == "in-process" else 3)
+        for port in ports:
+            own, other = f"http://127.0.0.1:{port}", "http://elsewhere.example"
+            # The first request is a websocket's, of a page of another site.
+            refused, said = ask(port, "/status/ws", **WEBSOCKET, Origin=other)
+            assert (refused, b"'http://elsewhere.example' is not this dashboard" in said) == (403, True)
+            # Over SSH Dask's workers have no pages that follow anything.
+            followed = 404 if name == "ssh" and port != ports[0] else 101
+            for origin in (own, "http://localhost:4711", "http://[::1]:4711"):
+                assert ask(port, "/status/ws", **WEBSOCKET, Origin=origin)[0] == followed
+            for origin in (
+                other,
+                "null",
+                f"http://elsewhere.example:{port}",
+                "http://localhost.elsewhere.example",
+                "][",
+            ):
+                assert ask(port, "/status/ws", **WEBSOCKET, Origin=origin)[0] == 403
+                assert ask(port, Origin=origin)[0] == 403
+            # A name of theirs for loopback.
+            rebound = {"Host": f"elsewhere.example:{port}"}
+            assert ask(port, "/status/ws", **WEBSOCKET, **rebound, Origin=f"http://{rebound['Host']}")[0] == 403
+            for path in ("/status", "/health", "/json/counts.json", "/eventstream", "/statics/css/base.css"):
+                assert ask(port, path, **rebound)[0] == 403
+            for host in (f"127.0.0.1:{port}", "localhost:4711", "[::1]:4711"):
+                assert ask(port, "/health", Host=host)[0] == 200
+            # They show, and take nothing.
+            for method in ("POST", "PUT", "DELETE", "PATCH"):
+                for path in ("/status", "/health", "/info/main/workers.html", "/api/v1/retire_workers", "/"):
+                    assert ask(port, path, method)[0] in (403, 404, 405)
+
+
+def test_a_worker_that_comes_later_refuses_other_sites(tmp_path):
+    with connect(**PROCESSES) as client:
+        (before, *_) = client.scheduler_info(n_workers=-1)["workers"]
+        client.restart_workers([before], timeout=120)
+        for port in dashboards(client):
+            assert ask(port, Host="elsewhere.example")[0] == 403
+
+
+def test_hosts_that_the_user_names_are_let_in():
+    """Such as that of a proxy before the dashboard; Dask's own value, all, counts as none."""
+    setting = "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin"
+    assert dask.config.get(setting) == ["*"]
+    proxy = {"Host": "hub.example:443", "Origin": "https://hub.example:443"}
+    for hosts, expected in ((["*"], 403), (["hub.example:443"], 101)):
+        with dask.config.set({setting: hosts}), connect() as client:
+            for port in dashboards(client):
+                status, said = ask(port, "/status/ws", **WEBSOCKET, **proxy)
+                assert status == expected
+                assert setting.encode() in said or expected == 101
+    with connect(insecure=True) as client:
+        for port in dashboards(client):
+            assert ask(port, "/status/ws", **WEBSOCKET, **proxy)[0] == 101
