@@ -36,6 +36,7 @@ PLUGINS = {
         for name in ("blosclz", "lz4", "zlib", "zstd")
         for shuffle in (0, 1, 2)
     },
+    "snappy": hdf5plugin.Blosc("snappy"),
     "zstd": hdf5plugin.Zstd(),
     "lz4": hdf5plugin.LZ4(),
     "bitshuffle": hdf5plugin.Bitshuffle(cname="none"),
@@ -368,7 +369,7 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", ["bitshuffle-lz4", "lz4", "blosc2", "bzip2"])
+@pytest.mark.parametrize("name", ["bitshuffle-lz4", "lz4", "blosc2", "bzip2", "snappy"])
 def test_plugins(tmp_path, name):
     write_plugin(tmp_path / "A.h5", name)
     source = open_source(tmp_path / "A.h5")
