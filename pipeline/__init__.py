@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import pipeline.forking  # noqa: F401 (its hooks come before the first fork)
+
 if TYPE_CHECKING:
     from pipeline.batches import Batches, iter_batches
     from pipeline.cluster import connect

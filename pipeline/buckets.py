@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.errors import InputError, NotFoundError, OpenError
 from pipeline.fetching import run
+from pipeline.forking import renewed
 from pipeline.keys import is_cut, list_told
 from pipeline.locations import BUCKETS, MEMORY, WEB, plain, say_failure, store_error
 from pipeline.record import extend_crc32
@@ -421,7 +422,7 @@ class MemoryBucket:
         return _describe(kept)
 
 
-_memory = threading.RLock()
+_memory = renewed(threading.RLock())
 
 
 def _describe(content: bytes) -> Held:

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.chunks import Chunks, Problem
 from pipeline.errors import IntegrityError, OpenError
 from pipeline.fetching import concurrency, gather
+from pipeline.forking import renewed
 from pipeline.locations import name_store, plain, store_error
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class _Indexes:
     def __init__(self) -> None:
         self._held: OrderedDict[tuple[str, str], NDArray[np.int64]] = OrderedDict()
         self._nbytes = 0
-        self._lock = threading.Lock()
+        self._lock = renewed(threading.Lock())
 
     def get(self, key: tuple[str, str]) -> NDArray[np.int64] | None:
         with self._lock:

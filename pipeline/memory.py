@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from pipeline.arguments import is_whole, show
 from pipeline.errors import BudgetError, InputError
+from pipeline.forking import renewed
 from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
@@ -145,17 +146,7 @@ def _held_nbytes(proc: Path) -> int:
 
 _shared: dict[int, tuple[list[int], int]] = {}
 """By the id of a map of memory that processes share: its descriptors, none once closed; bytes of the map."""
-_sharing = threading.RLock()
-
-
-def _forget_shared() -> None:
-    """Start anew in a child that was forked, perhaps while another thread held the lock."""
-    global _sharing  # noqa: PLW0603 (a lock cannot be cleared)
-    _sharing = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_shared)
+_sharing = renewed(threading.RLock())
 
 
 def count_shared(mapped: Sized, fds: list[int]) -> Callable[[], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import BudgetError, DiskSpaceError, IncompleteError, OpenError, PipelineError
+from pipeline.forking import after_fork
 from pipeline.record import FileRecord, extend_crc32, record_entries
 from pipeline.runs import close_run, open_run, run_tasks, writing
 from pipeline.sharing import PAGE, FileArray, is_memory, open_handle, share_file, share_memory
@@ -69,8 +69,7 @@ class Declined(NamedTuple):
 _arrays: dict[str, NDArray[Any] | FileArray] = {}
 """Arrays that tasks of this process write into, by the id of their run."""
 # A child that is forked during a run has a copy of the array, and would write into that.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_arrays.clear)
+after_fork(_arrays.clear)
 
 
 def place_block(work: Work, task: Task, target: Target) -> Receipt | Unplaced | Declined:

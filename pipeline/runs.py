@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import uuid
 from collections import Counter
@@ -18,6 +17,7 @@ from pipeline.capacity import active_client, count_threads, shares_memory
 from pipeline.errors import IncompleteError
 from pipeline.failures import Retries, stopped_error
 from pipeline.flights import Flight, name_span
+from pipeline.forking import after_fork, renewed
 from pipeline.losses import Unobserved
 
 if TYPE_CHECKING:
@@ -44,18 +44,9 @@ so that a kill loses as many from the journal."""
 
 _writers: Counter[str] = Counter()
 _closed: set[str] = set()
-_registry = threading.Condition()
-
-
-def _forget_runs() -> None:
-    """Start anew in a child that was forked, perhaps while another thread held the lock."""
-    global _registry  # noqa: PLW0603 (a lock cannot be cleared)
-    _registry = threading.Condition()
-    _writers.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_runs)
+_registry = renewed(threading.Condition())
+# Those that wrote at a fork are threads of the parent.
+after_fork(_writers.clear)
 
 
 @contextmanager
