@@ -17,8 +17,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import pipeline.forking  # noqa: F401 (its hooks come before the first fork)
-
 if TYPE_CHECKING:
     from pipeline.batches import Batches, iter_batches
     from pipeline.cluster import connect
@@ -48,6 +46,9 @@ if TYPE_CHECKING:
     from pipeline.tasks import build_tasks
     from pipeline.verification import verify
     from pipeline.writeback import store
+
+# Its hooks come before the first fork.
+importlib.import_module("pipeline.forking")
 
 _HOMES = {
     "Batches": "batches",

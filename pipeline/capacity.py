@@ -13,12 +13,15 @@ from dask.base import get_scheduler
 
 from pipeline.arguments import check_whole
 from pipeline.errors import BudgetError, IncompleteError, InputError
-from pipeline.memory import budget, held_nbytes
+from pipeline.forking import DISTRIBUTED
+from pipeline.memory import Budget, budget, held_nbytes, resident_nbytes
 from pipeline.sizes import MIB, format_size
 
 _ASK_SECONDS = 3
 _OWN_NBYTES = 64 * MIB
 """What the interpreter grows by while it runs: a cluster's threads, buffers, the code of what is imported late."""
+
+_UNLIMITED = Budget(sys.maxsize, "")
 
 
 def active_client() -> Any:
@@ -28,15 +31,25 @@ def active_client() -> Any:
         return None
     from distributed import Client
 
-    if dask_config.get("scheduler", None) not in (None, "dask.distributed", "distributed"):
+    if dask_config.get("scheduler", None) not in (None, *DISTRIBUTED):
         return None
     try:
         client = Client.current()
     except ValueError:
         return None
+    if client.scheduler is None and client.status != "closed":
+        # It failed to start, and stays the active one all the same.
+        return None
     if client.asynchronous:
         raise InputError("tasks run on a synchronous client; got an asynchronous one; call this from a plain thread")
     return client
+
+
+def own_scheduler() -> Any:
+    """Return the scheduler of Dask's own that computes tasks where there is no active client."""
+    name = dask_config.get("scheduler", None)
+    # A client that failed to start, and one that this process may not use, leave their name in Dask's settings.
+    return threaded.get if name in (None, *DISTRIBUTED) else get_scheduler()
 
 
 def is_in_task() -> bool:
@@ -60,7 +73,7 @@ def closed_error(client: Any) -> IncompleteError:
 def shares_memory(client: Any) -> bool:
     """Whether tasks run in this process, so that they can write straight into an array of it."""
     if client is None:
-        return get_scheduler() in (None, threaded.get, local.get_sync)
+        return own_scheduler() in (threaded.get, local.get_sync)
     if client.status != "running":
         raise closed_error(client)
     addresses = list(client.scheduler_info(n_workers=-1).get("workers", {}))
@@ -117,6 +130,7 @@ def fit_memory(
     threads: int,
     what: str,
     held: int = 0,
+    touched: int = 0,
     enough: int | None = None,
     way_out: str = "raise the limit",
 ) -> Footprint:
@@ -134,6 +148,8 @@ def fit_memory(
         Names the request in the error: the result, or else the task.
     held
         Bytes that are held all the while: the result.
+    touched
+        Bytes of a file or of the caller's array that the run fills: workers of this process count them, too.
     enough
         Bytes, beside what is held already, that more tasks at once should not pass where the user sets no limit.
     way_out
@@ -156,7 +172,35 @@ def fit_memory(
         raise BudgetError(
             f"not enough memory: the run needs {format_size(needed)} ({', '.join(parts)}), {allowed}; {advice}"
         )
-    most = allowed.nbytes if enough is None or limit is not None else min(allowed.nbytes, max(needed, before + enough))
+    room = _worker_room(active_client())
+    growth = needed - (before - held) + touched
+    if growth > room.nbytes:
+        raise BudgetError(
+            f"not enough memory for the client's workers: {what} needs {format_size(growth)}, "
+            f"{format_size(max(0, room.nbytes))} are left before {room.source} pauses them; start the client with "
+            "memory_limit=0 or processes=True"
+        )
+    nbytes = min(allowed.nbytes, needed + room.nbytes - growth)
+    most = nbytes if enough is None or limit is not None else min(nbytes, max(needed, before + enough))
     fits = 1 + (most - needed) // max(1, task_nbytes)
     at_once = min(2 * threads, fits)
     return Footprint(at_once, fits, needed + (min(at_once, threads) - 1) * task_nbytes)
+
+
+def _worker_room(client: Any) -> Budget:
+    """Tell what this process may grow by until a worker in it pauses, which measures all of the process.
+
+    Paused for a result that its client holds, it would never go on.
+    """
+    if (
+        client is None
+        or client.status != "running"
+        or not (client.scheduler.address.startswith("inproc://") or not getattr(client.cluster, "processes", True))
+    ):
+        return _UNLIMITED
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    least = min((limit for worker in workers if (limit := worker["memory_limit"])), default=0)
+    fraction = dask_config.get("distributed.worker.memory.pause", 0.8)
+    if not least or not fraction:
+        return _UNLIMITED
+    return Budget(int(least * fraction) - resident_nbytes(), f"memory_limit={format_size(least)}")

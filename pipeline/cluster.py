@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +26,17 @@ from pipeline.exits import close_at_exit
 from pipeline.gate import guard_dashboards
 from pipeline.jobs import count_processes, start_jobs
 from pipeline.launch import launch, open_workers
-from pipeline.local import check_no_limit, start_local
+from pipeline.local import start_local
 from pipeline.nannies import watch_exits
 from pipeline.security import Encryption, check_address, warn_of_plain
+from pipeline.sizes import count_of
 from pipeline.ssh import START_SECONDS, start_ssh
 from pipeline.startup import last_error, name_cause, remote_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from types import TracebackType
 
-__all__ = ["check_client", "connect", "dashboard_link"]
+__all__ = ["await_worker", "connect", "dashboard_link"]
 
 _CONNECT_SECONDS = 10
 _WORKER_SECONDS = 60
@@ -48,11 +49,58 @@ _NO_WORKERS_MINUTES = 5
 """How long the tasks of a cluster of ours wait for a worker where Dask's settings let them wait for ever."""
 
 
-def connect(cluster: str | Path | None = None, **overrides: Any) -> AbstractContextManager[distributed.Client]:
+_connections: set[Connection] = set()
+"""Those that are open: each is held, since its client stays the active one when its caller drops it."""
+
+
+class Connection:
+    """A cluster that was started or reached, and its client, until `close` or the end of a `with` block.
+
+    Made by `connect`. One that is never closed is closed when Python ends.
+    """
+
+    def __init__(self, client: distributed.Client, stack: ExitStack) -> None:
+        self.client = client
+        self._stack = stack
+        self._home = os.getpid()
+        _connections.add(self)
+        close_at_exit(self)
+
+    @property
+    def dashboard_link(self) -> str | None:
+        """Address of the dashboard; None without one."""
+        return dashboard_link(self.client)
+
+    def close(self) -> None:
+        """Close what `connect` started, and restore Dask's settings; nothing happens the second time."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> distributed.Client:
+        return self.client
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _connections.discard(self)
+        stack = self._stack.pop_all()
+        # A forked child has a copy, and its parent has the cluster.
+        if self._home == os.getpid():
+            stack.__exit__(kind, error, traceback)
+
+    def __repr__(self) -> str:
+        if self.client.status != "running":
+            return f"<{type(self).__name__}: {self.client.status}>"
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        threads = sum(worker["nthreads"] for worker in workers)
+        link = f", dashboard {self.dashboard_link}" if self.dashboard_link else ""
+        return f"<{type(self).__name__}: {count_of(len(workers), 'worker')}, {count_of(threads, 'thread')}{link}>"
+
+
+def connect(cluster: str | Path | None = None, **overrides: Any) -> Connection:
     """Start the cluster that a `cluster.yaml` describes, or connect to one that runs, and make it the active one.
 
-    The link of its dashboard goes to stderr first; then the cluster is waited for until it has a worker. At the end
-    everything that was started here is closed, and Dask's settings are as before.
+    The link of its dashboard goes to stderr first; then the cluster is waited for until it has a worker. `close`, or
+    the end of a `with` block, closes everything that was started here, and restores Dask's settings.
 
     Parameters
     ----------
@@ -69,8 +117,8 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> AbstractCont
 
     Returns
     -------
-    context manager
-        Of the active client, a `distributed.Client`, until the block ends.
+    Connection
+        Its `client`, which a `with` block is given, is the active client until it is closed.
 
     Raises
     ------
@@ -88,16 +136,15 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> AbstractCont
     >>> with connect(dashboard_address=None) as client:
     ...     client.submit(sum, [1, 2]).result()
     3
+
+    Or without a block, such as in a notebook:
+
+    >>> cluster = connect(dashboard_address=None, threads=2)
+    >>> cluster
+    <Connection: 1 worker, 2 threads>
+    >>> cluster.close()
     """
-    context = _connected(cluster, overrides)
-    close_at_exit(context.gen)
-    return context
-
-
-@contextmanager
-def _connected(cluster: str | Path | None, overrides: dict[str, Any]) -> Generator[distributed.Client]:
     choice = choose_cluster(cluster, overrides)
-    home = os.getpid()
     with ExitStack() as stack:
         # The client sets `scheduler`, too, and leaves it so when it cannot connect.
         stack.enter_context(dask.config.set(merged_settings(choice.settings) | {"scheduler": "dask.distributed"}))
@@ -124,21 +171,8 @@ def _connected(cluster: str | Path | None, overrides: dict[str, Any]) -> Generat
         stack.enter_context(right_links(client))
         for line in say_dashboard(client, None if choice.origin == NO_FILE else choice.origin):
             sys.stderr.write(f"{line}\n")
-        try:
-            _await_worker(client, parse_timedelta(patience or _WORKER_SECONDS))
-        except PipelineError:
-            raise
-        except OSError as error:
-            raise OpenError(
-                f"a scheduler runs until its client ends; got {one_line(error)} while a first worker was awaited; "
-                "look at its log, and start it anew"
-            ) from error
-        try:
-            yield client
-        finally:
-            if home != os.getpid():
-                # A forked process closes nothing of its parent's.
-                stack.pop_all()
+        await_worker(client)
+        return Connection(client, stack.pop_all())
 
 
 def _prepare_nodes(client: distributed.Client, *, guarded: bool) -> None:
@@ -152,27 +186,6 @@ def _prepare_nodes(client: distributed.Client, *, guarded: bool) -> None:
 def no_workers_timeout() -> str:
     """How long tasks of a cluster that is started here wait for a worker, in Dask's words."""
     return str(dask.config.get(_NO_WORKERS, None) or f"{_NO_WORKERS_MINUTES} minutes")
-
-
-def check_client(client: distributed.Client) -> None:
-    """Refuse a client whose workers live in this process under a memory limit.
-
-    Such a worker measures the whole process: the caller's own array would pause it for ever.
-
-    Parameters
-    ----------
-    client
-        A synchronous client, such as `distributed.get_client()` gives.
-
-    Raises
-    ------
-    InputError
-        If a worker of this process has a memory limit.
-    """
-    in_process = client.scheduler.address.startswith("inproc://") or not getattr(client.cluster, "processes", True)
-    if in_process:
-        for worker in client.scheduler_info(n_workers=-1)["workers"].values():
-            check_no_limit(worker["memory_limit"])
 
 
 def _start(stack: ExitStack, choice: Choice, deployment: Deployment) -> Any:
@@ -257,7 +270,7 @@ def _set_patience(client: distributed.Client, seconds: float, *, temporary: floa
         client.run_on_scheduler(set_timeout)
 
 
-def _await_worker(client: distributed.Client, seconds: float) -> None:
+def await_worker(client: distributed.Client) -> None:
     """Wait for a first worker: a run asks its workers what they see, and how many tasks they take.
 
     Raises
@@ -265,15 +278,28 @@ def _await_worker(client: distributed.Client, seconds: float) -> None:
     OpenError
         If none comes in time: jobs that stay queued, or workers that end at once.
     """
-    if client.scheduler_info(n_workers=1)["workers"]:
-        return
-    with suppress(TimeoutError):
-        client.wait_for_workers(1, timeout=min(_SILENT_SECONDS, seconds))
-        return
-    sys.stderr.write(f"waiting for a first worker, {seconds:g} s at most\n")
-    with suppress(TimeoutError):
-        client.wait_for_workers(1, timeout=max(0.1, seconds - _SILENT_SECONDS))
-        return
+    seconds = parse_timedelta(dask.config.get(_NO_WORKERS, None) or _WORKER_SECONDS)
+    asking = None
+    try:
+        if client.scheduler_info(n_workers=1)["workers"]:
+            return
+        # A cluster that adapts starts workers for tasks alone.
+        asking = client.submit(int, pure=False)
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=min(_SILENT_SECONDS, seconds))
+            return
+        sys.stderr.write(f"waiting for a first worker, {seconds:g} s at most\n")
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=max(0.1, seconds - _SILENT_SECONDS))
+            return
+    except OSError as error:
+        raise OpenError(
+            f"a scheduler runs until its client ends; got {one_line(error)} while a first worker was awaited; "
+            "look at its log, and start it anew"
+        ) from error
+    finally:
+        if asking is not None:
+            asking.release()
     raise OpenError(
         f"a cluster must have a worker within {seconds:g} s; got none {_where(client)}, or have it wait longer by "
         f"{_NO_WORKERS}"

@@ -13,7 +13,6 @@ import numpy as np
 
 from pipeline.arguments import check_flag, check_path, show
 from pipeline.capacity import active_client, count_threads, fit_memory
-from pipeline.cluster import check_client
 from pipeline.errors import InputError, IntegrityError
 from pipeline.filesystem import say_refusals
 from pipeline.groupplan import GroupPlan, by_member, check_plan
@@ -188,17 +187,21 @@ class Gathering:
         survey
             Of the workers; None: those of this machine, before they were asked.
         """
-        client = active_client()
-        if client is not None:
-            check_client(client)
         each = self.task_nbytes(windows, survey)
         held = self.nbytes if self.out is None else 0
         way_out = (
             "write it to disk with --out X.npy or X.zarr (out= of gather, or store)" if held else "raise the limit"
         )
         what = f"the array of {len(self.plan):,} windows" if held else "one task"
-        limit = self.plan.memory
-        return fit_memory(each, limit, threads=count_threads(client), held=held, what=what, way_out=way_out)
+        return fit_memory(
+            each,
+            self.plan.memory,
+            threads=count_threads(active_client()),
+            held=held,
+            touched=self.nbytes - held,
+            what=what,
+            way_out=way_out,
+        )
 
     def task_nbytes(self, windows: int | None, survey: Survey | None) -> int:
         """Memory of one task on this machine; `windows` and `survey` as for `footprint`."""
@@ -380,15 +383,19 @@ class GroupGathering:
         BudgetError
             Where the results do not fit together.
         """
-        client = active_client()
-        if client is not None:
-            check_client(client)
         each = max(member.task_nbytes(None, survey) for member in self.members.values())
         held = sum(member.nbytes for member in self.members.values() if member.out is None)
         what = f"{len(self.members)} arrays of {len(self.plan):,} windows" if held else "one task"
         way_out = "write them to disk with --out X.zarr (store)" if held else "raise the limit"
-        limit = self.plan.memory
-        return fit_memory(each, limit, threads=count_threads(client), held=held, what=what, way_out=way_out)
+        return fit_memory(
+            each,
+            self.plan.memory,
+            threads=count_threads(active_client()),
+            held=held,
+            touched=self.nbytes - held,
+            what=what,
+            way_out=way_out,
+        )
 
     def run(self, watch: Watch) -> dict[str, NDArray[Any]]:
         """Read the windows of one array after the other, telling `watch` of every task that is done."""

@@ -349,7 +349,7 @@ class ArrayReader:
     def _failure(self, first: int, error: Exception) -> PipelineError:
         number = first // self.files.file_rows
         name = self.files.name(self.files.path(number), number)
-        if not isinstance(self.files, Files) and is_store_failure(error):
+        if not isinstance(self.files, Files) and (is_store_failure(error) or isinstance(error, PipelineError)):
             return store_error("a chunk can be read", name, error)
         return find_shortage(error) or IntegrityError(
             f"every chunk is there and can be decoded; {name}: {say_failure(error)}; restore it"

@@ -8,22 +8,27 @@ import contextlib
 import itertools
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Generator
+
+class Closable(Protocol):
+    """What ends when it is closed, such as a generator."""
+
+    def close(self) -> object:
+        """End; once more does nothing."""
+
 
 _numbers = itertools.count()
-_open: weakref.WeakValueDictionary[int, Generator[Any, None, None]] = weakref.WeakValueDictionary()
+_open: weakref.WeakValueDictionary[int, Closable] = weakref.WeakValueDictionary()
 _ending = threading.Event()
 
 
-def close_at_exit(generator: Generator[Any, None, None]) -> None:
-    """Close a generator when the main thread ends, if it is still open, those begun last first.
+def close_at_exit(opened: Closable) -> None:
+    """Close a generator, or what is like one, when the main thread ends, if it is still open, those begun last first.
 
     Python would close it later, when what its `finally` clauses call may be gone, and print what they raise.
     """
-    _open[next(_numbers)] = generator
+    _open[next(_numbers)] = opened
 
 
 def is_ending() -> bool:
@@ -33,10 +38,10 @@ def is_ending() -> bool:
 
 def _close_all() -> None:
     _ending.set()
-    for generator in reversed(list(_open.values())):
+    for opened in reversed(list(_open.values())):
         # Another thread may be in it. No one is left who could act on what it raises.
         with contextlib.suppress(Exception):
-            generator.close()
+            opened.close()
 
 
 # `atexit` comes too late: before it, Python waits until the pools of `concurrent.futures.thread`, which registers like

@@ -1,7 +1,7 @@
-"""What a forked child may not use of its parent: threads do not survive a fork, so that whoever asks them waits for ever.
+"""What a forked child may not use of its parent: threads do not survive a fork, and whoever asks them waits for ever.
 
-Python resets its own locks and pools, zarr and fsspec their event loops. This module resets those of Dask and distributed
-that a child inherits, and calls what other modules of this package register.
+Python resets its own locks, zarr and fsspec their event loops. This module resets what a child inherits of Dask and
+distributed, and calls what other modules of this package register.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _reset_dask() -> None:
         ("distributed.worker", "_cache_lock"),
     ):
         with suppress(AttributeError):
-            getattr(sys.modules.get(module), name)._at_fork_reinit()
+            getattr(sys.modules.get(module), name)._at_fork_reinit()  # noqa: SLF001
     if sync := sys.modules.get("zarr.core.sync"):
         sync.__dict__["_lock"] = None
     if threaded := sys.modules.get("dask.threaded"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.chunks import Chunks, Problem
-from pipeline.errors import IntegrityError, OpenError
+from pipeline.errors import IntegrityError, OpenError, PipelineError
 from pipeline.fetching import concurrency, gather
 from pipeline.forking import renewed
 from pipeline.locations import name_store, plain, store_error
@@ -245,7 +245,7 @@ class Keys(Chunks):
             f"every chunk is whole; {self.name(path, number)} ends within the bytes at {offset}; restore it"
         )
 
-    def _failure(self, path: str, number: int, error: Exception) -> OpenError:
+    def _failure(self, path: str, number: int, error: Exception) -> PipelineError:
         return store_error("a chunk can be read", self.name(path, number), error)
 
     async def _ask(self, path: str, number: int) -> Found | None:

@@ -159,6 +159,11 @@ def start_local(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption
     # The children that Python starts while it imports the main script would start children of their own, and so on.
     if kwargs["processes"] and getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(UNGUARDED)
+    if kwargs["processes"] and multiprocessing.current_process().daemon:
+        raise InputError(
+            "processes=True cannot start workers in a daemonic process, such as those of multiprocessing.Pool; set "
+            "processes=False, or start this process by concurrent.futures.ProcessPoolExecutor"
+        )
     deferred = can_defer_pages() and not kwargs.get("scheduler_kwargs")
     if deferred:
         kwargs["scheduler_kwargs"] = {"dashboard": False}

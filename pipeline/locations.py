@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.arguments import check_mapping, check_path
-from pipeline.errors import InputError, OpenError
+from pipeline.errors import InputError, OpenError, PipelineError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -207,8 +207,11 @@ class AccessError(OpenError):
     """A store that refuses: other credentials, or a permission, are needed."""
 
 
-def store_error(rule: str, name: str, error: Exception) -> OpenError:
+def store_error(rule: str, name: str, error: Exception) -> PipelineError:
     """Make our error of what a store raised; to be raised from `plain(error)`."""
+    if isinstance(error, PipelineError):
+        # Another one: it must not be its own cause.
+        return type(error)(*error.args)
     refused = type(error).__name__ in {"PermissionDeniedError", "UnauthenticatedError"}
     refused = refused or isinstance(error, PermissionError)
     said = say_failure(error)

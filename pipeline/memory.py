@@ -139,6 +139,11 @@ def held_nbytes() -> int:
     return _held_nbytes(Path("/proc"))
 
 
+def resident_nbytes() -> int:
+    """Memory of this process alone, with the files that it has mapped; 0 without `/proc`."""
+    return _status_bytes(Path("/proc"), os.getpid(), "VmRSS")
+
+
 def _held_nbytes(proc: Path) -> int:
     held = sum(_status_bytes(proc, pid, "RssAnon") for pid in _process_tree(proc, os.getpid()))
     return held + _shared_nbytes()

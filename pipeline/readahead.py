@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.capacity import active_client, closed_error, count_threads, fit_memory, is_in_task
-from pipeline.cluster import check_client
 from pipeline.errors import BudgetError
 from pipeline.failures import stopped_error
 from pipeline.journal import digest_array
@@ -127,8 +126,7 @@ class Reading:
 
     def fit(self, survey: Survey | None) -> _Ahead:
         """Choose how far to read ahead; BudgetError where that does not fit."""
-        if (client := active_client()) is not None:
-            check_client(client)
+        client = active_client()
         batch = min(self.epochs.batch_size, self.epochs.share)
         batch_nbytes = batch * sum(each.work.result.nbytes for each in self.members.values())
         if self.prefetch is None:

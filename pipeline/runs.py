@@ -13,7 +13,7 @@ from dask import config
 from dask.base import compute
 from dask.callbacks import Callback
 
-from pipeline.capacity import active_client, count_threads, shares_memory
+from pipeline.capacity import active_client, count_threads, own_scheduler, shares_memory
 from pipeline.errors import IncompleteError
 from pipeline.failures import Retries, stopped_error
 from pipeline.flights import Flight, name_span
@@ -178,7 +178,7 @@ def _compute(
         done: dict[Any, Any] = {}
         try:
             with Callback(posttask=lambda key, result, *_, done=done: done.update({key: result})):
-                results = compute(*batch, optimize_graph=False, **limited)
+                results = compute(*batch, optimize_graph=False, scheduler=own_scheduler(), **limited)
         except BaseException as failure:
             yield from [done[task.key] for task in batch if task.key in done]
             batch = [task for task in batch if task.key not in done]

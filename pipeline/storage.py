@@ -243,7 +243,7 @@ class Objects:
             raise self._failure(error) from plain(error)
 
     def _failure(self, error: Exception) -> PipelineError:
-        return error if isinstance(error, PipelineError) else store_error("a store can be read", self.name, error)
+        return store_error("a store can be read", self.name, error)
 
 
 async def _get_part(store: Any, key: str, offset: int, stop: int) -> tuple[int, NDArray[np.uint8]]:

@@ -70,6 +70,10 @@ def open_store(url: Url, *, read_only: bool) -> Store:
     return _open_fsspec(url, read_only=read_only)
 
 
+_user = 0
+"""The process that has first used obstore, which has one pool of threads; 0: none yet."""
+
+
 class UrlStore(ObjectStore[Any]):
     """An object store, or a folder of a web server, rooted at a URL.
 
@@ -79,6 +83,28 @@ class UrlStore(ObjectStore[Any]):
     def __init__(self, url: Url, *, read_only: bool, hurry: bool = False) -> None:
         super().__init__(_connect(url, read_only=read_only, hurry=hurry), read_only=read_only)
         self.url = url
+
+    @property
+    def store(self) -> Any:
+        """What obstore made of the URL.
+
+        Raises
+        ------
+        InputError
+            In a forked child of a process that has used obstore: its threads are the parent's, and would never answer.
+        """
+        global _user  # noqa: PLW0603
+        _user = _user or os.getpid()
+        if _user != os.getpid():
+            raise InputError(
+                f"{self.url} cannot be used in this forked process, whose parent has used an object store; start it "
+                "with multiprocessing.get_context('spawn')"
+            )
+        return self._store
+
+    @store.setter
+    def store(self, store: Any) -> None:
+        self._store = store
 
     def hurried(self) -> Self:
         """Return the same store, to be read from, which gives up within seconds."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.capacity import active_client, shares_memory
+from pipeline.cluster import await_worker
 from pipeline.errors import OpenError, PipelineError
 from pipeline.security import is_plain
 from pipeline.sharing import open_handle, share_memory
@@ -166,9 +167,12 @@ def survey_workers(sights: Iterable[Sight] = (), *, say: Callable[[str], None], 
     Raises
     ------
     OpenError
-        If one does not see something, lacks this package, or has another version of what must be the same.
+        If one does not see something, lacks this package, or has another version of what must be the same; if none
+        comes in time.
     """
     client = active_client()
+    if client is not None and client.status == "running":
+        await_worker(client)
     if shares_memory(client):
         return IN_PROCESS
     terms = Terms(uuid.uuid4().hex, find_versions(), tuple(sights), _boot())

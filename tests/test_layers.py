@@ -60,7 +60,7 @@ LAYERS = [
     "folderstore holding sharing",
     "conventions credentials files locations markup memory preads record rowfiles",
     "arguments filesystem trust",
-    "errors formats exits pages signals sizes zarrconfig",
+    "errors exits forking formats pages signals sizes zarrconfig",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
 
@@ -72,7 +72,7 @@ OUTSIDE = {
     "asyncssh": "ssh",
     "cryptography": "security",
     "dask": "bench capacity choice cluster clusterfile dashboard failures flights gate jobs local progress runs security services settings ssh tasks",
-    "distributed": "bench capacity cluster dashboard failures flights gate jobs launch local nannies security ssh startup tasks workers",
+    "distributed": "bench capacity cluster dashboard failures flights forking gate jobs launch local nannies security ssh startup tasks workers",
     "fsspec": "locations",
     "google_crc32c": "chunks decoders encoding inspection record verification",
     "h5py": "bench filters hdf5 references",
