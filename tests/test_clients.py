@@ -20,6 +20,15 @@ from pipeline.errors import BudgetError, OpenError
 from pipeline.memory import Budget, resident_nbytes
 
 
+@pytest.fixture(autouse=True)
+def _settings(tmp_path, monkeypatch):
+    """A working directory without a cluster.yaml; Dask's settings come back as they were."""
+    monkeypatch.chdir(tmp_path)
+    before = copy.deepcopy(dask.config.config)
+    yield
+    assert dask.config.config == before
+
+
 def test_a_connection_is_an_object_too(capfd):
     settings = copy.deepcopy(dask.config.config)
     cluster = connect(threads=3)
@@ -48,9 +57,9 @@ def test_gather_uses_a_connection_that_nobody_holds(samples):
         assert pipeline.gather(plan).shape == (2, 4, 20)
         assert client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.transition_counter) > before
     finally:
-        client.cluster.close()
-        client.close()
-        gc.collect()
+        for connection in list(module._connections):
+            connection.close()
+    assert client.status == "closed"
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
@@ -63,7 +72,7 @@ def test_a_connection_that_is_never_closed_ends_without_noise(tmp_path, kind):
         "    print(cluster.client.submit(sum, [1, 2]).result())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
 
@@ -159,5 +168,5 @@ def test_a_client_that_failed_to_start_is_none(samples, tmp_path, setting):
         "print(pipeline.verify(sys.argv[2]))\n"
     )
     command = [sys.executable, script, samples / "A.zarr", tmp_path / "w.zarr"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
