@@ -198,22 +198,6 @@ def with_processes(samples, folder):
 SITUATIONS = [without_client, with_closed_cluster, with_threads, with_client, with_processes]
 
 
-@pytest.fixture(scope="module", params=SITUATIONS, ids=lambda situation: situation.__name__)
-def parent(request, samples, tmp_path_factory):
-    """Folder of a parent that has used what its children will use."""
-    folder = tmp_path_factory.mktemp("fork")
-    with request.param(samples, folder):
-        for function in FUNCTIONS:
-            if function is not connects:
-                assert function(samples, folder)
-        yield folder
-
-
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_public_functions_work_in_forked_children(parent, samples, function):
-    assert in_child(function, samples, parent)
-
-
 @pytest.mark.parametrize("kind", ["pool", "executor"])
 def test_pools_of_forked_processes_gather(samples, tmp_path, kind):
     context = multiprocessing.get_context("fork")
@@ -384,5 +368,21 @@ def test_a_child_that_ends_closes_nothing_of_its_parent(samples, tmp_path, kind)
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, script, samples / "A.zarr", kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * SECONDS, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "healthy\n", "")
+
+
+@pytest.fixture(scope="module", params=SITUATIONS, ids=lambda situation: situation.__name__)
+def parent(request, samples, tmp_path_factory):
+    """Folder of a parent that has used what its children will use; its cluster is active until this module ends."""
+    folder = tmp_path_factory.mktemp("fork")
+    with request.param(samples, folder):
+        for function in FUNCTIONS:
+            if function is not connects:
+                assert function(samples, folder)
+        yield folder
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_public_functions_work_in_forked_children(parent, samples, function):
+    assert in_child(function, samples, parent)
