@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import re
 
+_BREAKS = re.compile(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
+"""What ends a line to `str.splitlines`."""
 _SHORTAGE = re.compile(r"failed to map segment|cannot allocate memory|can't start new thread", re.IGNORECASE)
 """What the system's loader and threads say where there is no more memory, or no more address space."""
 
@@ -19,6 +21,10 @@ class PipelineError(Exception):
     """Exit code of the command line."""
     passing = False
     """Whether a task that raised it may succeed a while later: what a network, or a server that is busy, has caused."""
+
+    def __str__(self) -> str:
+        # A name may have line breaks.
+        return _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
 
     def __reduce__(self) -> tuple[object, ...]:
         # As every exception, but said here: otherwise tblib, by which Dask sends them, fails on a MemoryError of ours.
