@@ -118,8 +118,8 @@ class Case:
     seed: int
 
 
-# All but bzip2, whose plug-in now and then ends the process.
-FUZZED = [name for name in PLUGINS if name != "bzip2"]
+# All but bzip2 and LZ4, whose plug-ins now and then end the process.
+FUZZED = [name for name in PLUGINS if name not in {"bzip2", "lz4"}]
 FIRST = [
     (),
     *((name,) for name in ("nbit", "scaleoffset", "scaleoffset-float", *({"szip"} & {*BUILT_IN}), *FUZZED)),
@@ -154,7 +154,8 @@ def cases(draw):
         dtype,
         precision,
         draw(pipelines()),
-        draw(st.booleans()),
+        # Where a data set may grow, libhdf5 writes outside of its memory behind some filters.
+        draw(st.booleans()) and not grows,
         draw(st.sampled_from(["earliest", "v110", "latest"])),
         grows,
         draw(st.sampled_from([None, 1, 3, "undefined"])),
