@@ -70,7 +70,8 @@ class TestAddress:
             ({"PBS_O_HOST": "login", "SSH_CONNECTION": "cut off"}, f"-J login {HERE}"),
         ],
     )
-    def test_from_another_machine_there_is_a_tunnel(self, capfd, monkeypatch, variables, way):
+    def test_from_another_machine_there_is_a_tunnel(self, capfd, monkeypatch, tmp_path, variables, way):
+        monkeypatch.chdir(tmp_path)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         with connect() as client:
