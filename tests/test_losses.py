@@ -164,9 +164,9 @@ class TestKilled:
             assert numbers[name] == sum(run[name] for run in numbers["runs"])
         said = [record.getMessage() for record in caplog.records if record.name == "pipeline"]
         assert len(said) == numbers["workers_lost"]
-        line = rf"\d\d:\d\d:\d\d worker tcp://\S+ was lost: {KILLED}; \d+ tasks? run again"
+        line = rf"\d\d:\d\d:\d\d worker t(?:cp|ls)://\S+ was lost: {KILLED}; \d+ tasks? run again"
         assert len([each for each in said if re.fullmatch(line, each)]) == 3
-        assert re.search(r"\d, \d+ tasks run again; the last: tcp://\S+ at \d\d:\d\d:\d\d, it", repr(report))
+        assert re.search(r"\d, \d+ tasks run again; the last: t(cp|ls)://\S+ at \d\d:\d\d:\d\d, it", repr(report))
         assert "workers lost" in report._repr_html_()
 
     def test_what_was_taken_is_not_made_again(self, two, plan, tmp_path):
@@ -222,7 +222,7 @@ class TestKilled:
         assert re.fullmatch(rf"\d\d:\d\d:\d\d worker \S+ was lost: {KILLED}; \d+ tasks? run again", logged)
         (tmp_path / "gone").unlink()
         words = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert re.search(r"^workers lost +1, \d+ tasks? run again; the last: tcp://", words.stdout, re.MULTILINE)
+        assert re.search(r"^workers lost +1, \d+ tasks? run again; the last: t(cp|ls)://", words.stdout, re.MULTILINE)
 
 
 class TestOthers:
