@@ -151,11 +151,11 @@ def dashboard_link(client: distributed.Client) -> str | None:
 def say_dashboard(client: distributed.Client, cluster_file: str | None = None) -> list[str]:
     """Lines that tell where the dashboard is: its link, and how its port is reached from the user's own machine.
 
-    The first names the cluster file that is in force, if there is one, also where there is no dashboard.
+    The first names the cluster file that is in force, if there is one.
     """
     address = locate_dashboard(client)
     if address is None:
-        return [] if cluster_file is None else [f"cluster file: {cluster_file}"]
+        return []
     tunnel = [] if address.tunnel is None else [f"from your own machine: {address.tunnel}"]
     return [f"dashboard: {address.link}{f' (cluster file: {cluster_file})' if cluster_file else ''}", *tunnel]
 

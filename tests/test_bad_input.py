@@ -402,7 +402,7 @@ MATRICES = [
     ("''", 3, ["name a folder"]),
     ("'my matrix.zarr'", 3, ["my matrix.zarr", "check the path"]),
     (os.fsdecode(b"caf\xe9.zarr"), 3, ["caf", "check the path"]),
-    ("'two\nlines.zarr'", 3, ["two lines.zarr", "check the path"]),
+    ("'two\nlines.zarr'", 3, ["two\\nlines.zarr", "check the path"]),
 ]
 
 CREATIONS = [
