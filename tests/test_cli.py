@@ -445,7 +445,7 @@ def test_exit_codes(cli, matrix, monkeypatch, kind):
     monkeypatch.setattr("pipeline.request.open_matrix", fail)
     said = cli("info", matrix)
     assert (said.code, said.out) == (kind.exit_code, "")
-    assert said.err == "error: rule; what was got; the way out; task 3\n"
+    assert said.err == "error: rule;\\nwhat was got; the way out; task 3\n"
 
 
 def test_bug_of_ours(cli, matrix, monkeypatch):
