@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from pipeline.ssh import START_SECONDS, start_ssh
 from pipeline.startup import last_error, name_cause, remote_lines
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 __all__ = ["await_worker", "connect", "dashboard_link"]
@@ -166,13 +167,28 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Connection:
             if warning := warn_of_plain(address, insecure=choice.insecure):
                 sys.stderr.write(f"{warning}\n")
         stack.callback(_close, client)
-        if address is None:
-            _prepare_nodes(client, guarded=not choice.insecure and deployment.encryption is not Encryption.SERVICE)
-        stack.enter_context(right_links(client))
-        for line in say_dashboard(client, None if choice.origin == NO_FILE else choice.origin):
-            sys.stderr.write(f"{line}\n")
+        with _while_awaited():
+            if address is None:
+                _prepare_nodes(client, guarded=not choice.insecure and deployment.encryption is not Encryption.SERVICE)
+            stack.enter_context(right_links(client))
+            for line in say_dashboard(client, None if choice.origin == NO_FILE else choice.origin):
+                sys.stderr.write(f"{line}\n")
         await_worker(client)
         return Connection(client, stack.pop_all())
+
+
+@contextmanager
+def _while_awaited() -> Iterator[None]:
+    """Turn an error of a scheduler that no longer answers into an OpenError."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except OSError as error:
+        raise OpenError(
+            f"a scheduler runs until its client ends; got {one_line(error)} while a first worker was awaited; "
+            "look at its log, and start it anew"
+        ) from error
 
 
 def _prepare_nodes(client: distributed.Client, *, guarded: bool) -> None:
@@ -281,22 +297,18 @@ def await_worker(client: distributed.Client) -> None:
     seconds = parse_timedelta(dask.config.get(_NO_WORKERS, None) or _WORKER_SECONDS)
     asking = None
     try:
-        if client.scheduler_info(n_workers=1)["workers"]:
-            return
-        # A cluster that adapts starts workers for tasks alone.
-        asking = client.submit(int, pure=False)
-        with suppress(TimeoutError):
-            client.wait_for_workers(1, timeout=min(_SILENT_SECONDS, seconds))
-            return
-        sys.stderr.write(f"waiting for a first worker, {seconds:g} s at most\n")
-        with suppress(TimeoutError):
-            client.wait_for_workers(1, timeout=max(0.1, seconds - _SILENT_SECONDS))
-            return
-    except OSError as error:
-        raise OpenError(
-            f"a scheduler runs until its client ends; got {one_line(error)} while a first worker was awaited; "
-            "look at its log, and start it anew"
-        ) from error
+        with _while_awaited():
+            if client.scheduler_info(n_workers=1)["workers"]:
+                return
+            # A cluster that adapts starts workers for tasks alone.
+            asking = client.submit(int, pure=False)
+            with suppress(TimeoutError):
+                client.wait_for_workers(1, timeout=min(_SILENT_SECONDS, seconds))
+                return
+            sys.stderr.write(f"waiting for a first worker, {seconds:g} s at most\n")
+            with suppress(TimeoutError):
+                client.wait_for_workers(1, timeout=max(0.1, seconds - _SILENT_SECONDS))
+                return
     finally:
         if asking is not None:
             asking.release()
