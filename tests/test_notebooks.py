@@ -50,7 +50,7 @@ assert 0.7 < accuracies["test"][-1] < accuracies["leaking test"][-1] - 0.03
 """,
 }
 """What must hold of a notebook's variables, asked in its kernel after the last cell."""
-DASHBOARD = re.compile(r"dashboard: http://127\.0\.0\.1:\d+/status\n")
+DASHBOARD = re.compile(r"dashboard: http://127\.0\.0\.1:\d+/status(?: \(cluster file: cluster\.yaml\))?\n")
 # A slash that begins a word: not of a tag, an address, a fraction or a comment of CSS.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/<*})\]])/[A-Za-z_][\w.-]*|\b[A-Za-z]:\\")
 ADDRESS = re.compile(r"\b(?!127\.0\.0\.1\b)\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b")
