@@ -192,7 +192,7 @@ def _while_awaited() -> Iterator[None]:
 
 
 def _prepare_nodes(client: distributed.Client, *, guarded: bool) -> None:
-    """Put into the nodes of a cluster of ours what Dask leaves out; a service has its own way to its dashboards."""
+    """Set up the nodes of a cluster that this package started; a service guards its dashboards itself."""
     if not client.scheduler.address.startswith("inproc"):
         watch_exits(client)
     if guarded:

@@ -189,7 +189,7 @@ class Flight:
     def _tell_losses(self, *, wait: bool = False) -> None:
         """Tell of workers that were lost; `wait` for how the last ones ended.
 
-        The scheduler makes results anew that it has lost: those that were taken already are let go of first.
+        The scheduler computes lost results again; results that were already received are released first.
         """
         if self._is_hurt:
             self._is_hurt = False

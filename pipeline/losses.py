@@ -51,7 +51,7 @@ class Loss:
 
 
 class Observer(Protocol):
-    """Who is told what happens to a run while it goes on."""
+    """Observer of the run, called when its state changes."""
 
     def task_retried(self, words: str) -> None:
         """Take note of a task that is run again after a failure that may pass; `words` say why."""
