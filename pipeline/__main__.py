@@ -1,6 +1,13 @@
 """`python -m pipeline`."""
 
-from pipeline.cli import main
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
+    if sys.path[0] in ("", str(Path.cwd())):
+        # Python puts the working directory there, whose files would replace installed modules.
+        del sys.path[0]
+
+    from pipeline.cli import main
+
     main()

@@ -23,6 +23,7 @@ from pipeline.security import (
     check_protocol,
     choose_encryption,
     files_in,
+    guard_lines,
     make_security,
     point_to,
     without_dashboard,
@@ -118,8 +119,8 @@ def job_kwargs(
     if not asked:
         extra += [_DASHBOARD_FLAG, _WORKER_DASHBOARD]
     made |= {"scheduler_options": options, "worker_extra_args": extra}
-    if exports := [f"export {name}={shlex.quote(value)}" for name, value in _environment(settings)]:
-        made["job_script_prologue"] = [*(in_force("job_script_prologue", "env_extra") or []), *exports]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in _environment(settings)]
+    made["job_script_prologue"] = [*(in_force("job_script_prologue", "env_extra") or []), *exports, *guard_lines()]
     return made, choose_encryption(kwargs.get("security"), insecure=insecure)
 
 

@@ -31,7 +31,8 @@ from pipeline.security import (
     make_security,
     without_dashboard,
 )
-from pipeline.startup import UNGUARDED, Nanny
+from pipeline.startup import UNGUARDED, Nanny, safe_path
+from pipeline.trust import private_folder
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -164,6 +165,9 @@ def start_local(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption
             "processes=True cannot start workers in a daemonic process, such as those of multiprocessing.Pool; set "
             "processes=False, or start this process by concurrent.futures.ProcessPoolExecutor"
         )
+    if not dask.config.get("temporary-directory", None):
+        # Dask's own folder is first on the path of all its processes, and whoever uses it first on a machine owns it.
+        stack.enter_context(dask.config.set({"temporary-directory": str(private_folder())}))
     deferred = can_defer_pages() and not kwargs.get("scheduler_kwargs")
     if deferred:
         kwargs["scheduler_kwargs"] = {"dashboard": False}
@@ -193,7 +197,8 @@ def _keep_processes_quiet(stack: ExitStack, level: Any) -> None:
     # blocks SIGINT, since it would let that through again.
     sys.warnoptions.append(_SWEPT)
     try:
-        resource_tracker.ensure_running()
+        with safe_path():
+            resource_tracker.ensure_running()
     finally:
         sys.warnoptions.remove(_SWEPT)
 

@@ -123,7 +123,7 @@ def check_address_space() -> None:
     if soft == resource.RLIM_INFINITY or soft >= _LOADED_NBYTES + (os.cpu_count() or 1) * _LOADED_THREAD_NBYTES:
         return
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, stdin=subprocess.DEVNULL, check=True)  # noqa: S603
+        subprocess.run([sys.executable, "-P", "-c", _LOAD], capture_output=True, stdin=subprocess.DEVNULL, check=True)  # noqa: S603
         return
     raise BudgetError(
         f"not enough memory: RLIMIT_AS (ulimit -v) allows {format_size(soft)} of address space, loading NumPy and Zarr "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 import sys
+from contextlib import suppress
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
@@ -16,7 +19,7 @@ from pipeline.selection import select_starts
 from pipeline.staging import check_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -127,29 +130,71 @@ def _load_functions(text: str, planned: Plan | GroupPlan) -> Any:
 
 
 def _load_function(name: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Import MODULE:FUNCTION, from the working directory, too."""
+    """Import MODULE:FUNCTION, of the working directory where no installed module has that name."""
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
         raise InputError(f"--apply is MODULE:FUNCTION; got {name!r}; write it such as features:mean")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            f"--apply names a module that can be imported; {module_name}: {type(error).__name__}: {error}; mend it"
-        ) from error
-    function = getattr(module, function_name, None)
+    function = getattr(_import_module(module_name), function_name, None)
     if not callable(function):
         raise InputError(f"--apply names a function; {module_name} has none called {function_name!r}; check its name")
-    if Path(getattr(module, "__file__", None) or "/").resolve().parent == Path(folder).resolve():
-        import cloudpickle
-
-        # Worker processes do not share this folder's path: send the code itself.
-        cloudpickle.register_pickle_by_value(module)
     loaded: Callable[[NDArray[Any]], NDArray[Any]] = function
     return loaded
+
+
+def _import_module(name: str) -> ModuleType:
+    """Import a module with the working directory last on the path, so that no file there replaces an installed module.
+
+    The path is as before when this returns. Worker processes get the code of what came from the working directory, not
+    its path.
+    """
+    folder, known = str(Path.cwd()), set(sys.modules)
+    added = folder not in sys.path
+    if added:
+        sys.path.append(folder)
+    try:
+        _check_not_hidden(name.partition(".")[0], folder)
+        module = importlib.import_module(name)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"--apply names a module that can be imported; {name}: {type(error).__name__}: {error}; mend it"
+        ) from error
+    finally:
+        if added:
+            with suppress(ValueError):
+                sys.path.remove(folder)
+    _send_by_value({name.partition(".")[0]} | (sys.modules.keys() - known), folder)
+    return module
+
+
+def _check_not_hidden(name: str, folder: str) -> None:
+    """Raise InputError where an installed module takes the place of one in `folder`, whose function was perhaps meant.
+
+    Importing neither: this runs no code.
+    """
+    beside = PathFinder.find_spec(name, [folder]) if name else None
+    if beside is None or beside.origin is None:
+        return
+    found = importlib.util.find_spec(name)
+    origin = (found and found.origin) or "Python itself"
+    if Path(origin).resolve() != Path(beside.origin).resolve():
+        raise InputError(
+            f"{beside.origin} has the name of an installed module, {origin}; rename it to use it in --apply"
+        )
+
+
+def _send_by_value(names: Iterable[str], folder: str) -> None:
+    """Have the code of modules that lie in `folder` sent to worker processes; submodules go with their package."""
+    import cloudpickle
+
+    for name in names:
+        module = sys.modules.get(name)
+        if "." in name or not isinstance(module, ModuleType):
+            continue
+        places = [*getattr(module, "__path__", ())] or [getattr(module, "__file__", None) or "/"]
+        if Path(folder).resolve() in {Path(place).resolve().parent for place in places}:
+            cloudpickle.register_pickle_by_value(module)
 
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:

@@ -28,6 +28,20 @@ _DASHBOARD_CERTIFICATE = "distributed.scheduler.dashboard.tls.cert"
 _ROLES = ("scheduler", "worker", "client")
 _ALLOW = "allow it by --insecure (insecure=True; insecure: true in a cluster file)"
 
+_OWN_PATH = "export PYTHONSAFEPATH=1"
+_OWN_SCRATCH = (
+    'own="${TMPDIR:-/tmp}/random-windows-$(id -u)"; mkdir -m 700 "$own" 2>/dev/null || true; '
+    'test -O "$own" -a ! -L "$own" || own=$(mktemp -d); export DASK_TEMPORARY_DIRECTORY="$own"'
+)
+
+
+def guard_lines() -> list[str]:
+    """Lines of a shell script that keep files of others off the path of the Python that follows.
+
+    `python -m` puts the working directory first, and Dask its folder for temporary files, whoever made that.
+    """
+    return [_OWN_PATH] if dask.config.get("temporary-directory", None) else [_OWN_PATH, _OWN_SCRATCH]
+
 
 class Encryption(Enum):
     """How the connections of a cluster are kept from others."""

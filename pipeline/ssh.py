@@ -24,6 +24,7 @@ from pipeline.security import (
     check_protocol,
     choose_encryption,
     files_in,
+    guard_lines,
     is_loopback,
     make_security,
     without_dashboard,
@@ -41,8 +42,6 @@ _HURRY_SECONDS = 3
 _COMMAND = "distributed.cli.dask_s"
 _PIDS = "pids"
 _RECORDER = "run"
-_RECORD = f'(umask 077; echo $$ >> "${{0%/*}}/{_PIDS}")\nexec "$@"\n'
-"""A script that is Python afterwards."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # Else a scheduler whose start is interrupted waits for ever; once it is reached the user's setting is back.
     "scheduler_options": {"dashboard_address": "127.0.0.1:8787", "idle_timeout": START_SECONDS},
@@ -132,13 +131,18 @@ def start_ssh(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption, 
             remove = partial(_everywhere, kwargs, partial(_remove, folder))
             stack.callback(remove, seconds=_REMOVE_SECONDS)
             kwargs = kwargs | {"remote_python": _recorded(kwargs.get("remote_python"), folder)}
-            _everywhere(kwargs, partial(_write, folder, contents | {_RECORDER: _RECORD}))
+            _everywhere(kwargs, partial(_write, folder, contents | {_RECORDER: _recorder()}))
             interrupted = partial(remove, seconds=_HURRY_SECONDS)
         settings |= paths
         settings |= {"distributed.comm.require-encryption": True, "distributed.comm.default-scheme": "tls"}
     with dask.config.set(settings):
         made = kwargs | {"silence_logs": level, "security": security}
         return launch(stack, distributed.SSHCluster, made, shielded=True, interrupted=interrupted)
+
+
+def _recorder() -> str:
+    """Write a script that is Python afterwards."""
+    return "\n".join((f'(umask 077; echo $$ >> "${{0%/*}}/{_PIDS}")', *guard_lines(), 'exec "$@"', ""))
 
 
 def _recorded(python: str | list[str] | None, folder: str) -> str | list[str]:

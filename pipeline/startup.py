@@ -33,8 +33,31 @@ _COMPLAINT = re.compile(r"not found|[Nn]o such|[Dd]enied|cannot|[Ee]rror|failed"
 _KILLED = 255
 """Exit code that stands for a signal that nobody knows, and for an interpreter that is not there."""
 _WRAPPED = "failed to start"
+_SAFE_PATH = "PYTHONSAFEPATH"
+_starting: list[None] = []
+"""An entry for each block of `safe_path` that has set the variable."""
 _REMOTE = "distributed.deploy.ssh"
 """Logger that gets what hosts say while they start."""
+
+
+@contextmanager
+def safe_path() -> Iterator[None]:
+    """Start Python within the block without the working directory on its path, where `python -c` has it first.
+
+    Python's modules for child processes begin so: a `socket.py` beside the data would run. The variable is not left to
+    other children of this process, whose scripts may import their neighbours.
+    """
+    if os.environ.get(_SAFE_PATH) and not _starting:
+        yield
+        return
+    _starting.append(None)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        _starting.pop()
+        if not _starting:
+            os.environ.pop(_SAFE_PATH, None)
 
 
 class WorkerStartError(RuntimeError):
@@ -79,7 +102,14 @@ class Nanny(distributed.Nanny):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"worker_class": Worker} | kwargs)
+        # What a worker's own children have on their path is for the user to say.
+        self.env.setdefault(_SAFE_PATH, os.environ.get(_SAFE_PATH, ""))
         self._exitcode: int | None = None
+
+    async def instantiate(self) -> distributed.Status:
+        """Start a process as every nanny does, without the working directory on its path."""
+        with safe_path():
+            return await super().instantiate()
 
     def _on_worker_exit_sync(self, exitcode: int) -> None:
         self._exitcode = exitcode

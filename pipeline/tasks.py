@@ -193,6 +193,9 @@ def call_apply(apply: Apply, block: NDArray[Any], start: int, place: int) -> NDA
         if isinstance(error, MemoryError):
             raise BudgetError(f"apply fits the memory; on {windows}, it raised {words}; let it hold less") from error
         way_out = "let it copy what it changes" if "read-only" in words or "WRITEABLE" in words else "mend it"
+        if isinstance(error, ModuleNotFoundError):
+            # Of the working directory, only what is imported with the module itself is there.
+            way_out = "import it where its module begins, outside of functions"
         raise IntegrityError(f"apply takes any block, read-only; on {windows}, it raised {words}; {way_out}") from error
     if isinstance(returned, np.ma.MaskedArray):
         raise IntegrityError(f"apply returns plain arrays; for {windows}, it gave a masked one; fill it")

@@ -62,6 +62,17 @@ def _is_private(group: int) -> bool:
     return False
 
 
+def private_folder() -> Path:
+    """Make, where it is absent, the user's own folder for temporary files, which nobody else can write; return it."""
+    place = Path(tempfile.gettempdir(), f"random-windows-{os.geteuid() if hasattr(os, 'geteuid') else 'scratch'}")
+    with suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+    status = place.lstat()
+    if stat.S_ISDIR(status.st_mode) and find_stranger(status) is None:
+        return place
+    return Path(tempfile.mkdtemp(prefix="random-windows-"))
+
+
 def is_key(text: object) -> bool:
     r"""Whether a text names a file below a folder: no name in it leads upwards, and none has control characters.
 

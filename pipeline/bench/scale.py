@@ -132,7 +132,7 @@ def _run_nothing(plan: Plan, work: Work, task_windows: int) -> Iterator[Any]:
 @contextmanager
 def _started(folder: Path, *words: str) -> Iterator[tuple[int, str]]:
     """Start a part of the cluster, with scratch in a folder; yield its process and what it says when it is up."""
-    line = [sys.executable, "-m", "pipeline.bench.scale", *words]
+    line = [sys.executable, "-P", "-m", "pipeline.bench.scale", *words]
     settings = {"DASK_LOGGING__DISTRIBUTED": "critical", "DASK_TEMPORARY_DIRECTORY": str(folder)}
     with subprocess.Popen(  # noqa: S603 (this module)
         line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings

@@ -80,7 +80,7 @@ def _running(folder: Path, name: str, *command: str) -> Iterator[subprocess.Pope
     options = ("--scheduler-file", str(folder / "scheduler.json"), "--dashboard-address", "127.0.0.1:0")
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "dask", *command, *options],
+            [sys.executable, "-P", "-m", "dask", *command, *options],
             env=os.environ | {"DASK_CONFIG": str(folder / "dask.yaml")},
             stdin=subprocess.DEVNULL,
             stdout=log,
