@@ -9,8 +9,12 @@ import errno
 import os
 import re
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _REFUSALS = {
     getattr(errno, name)
@@ -19,8 +23,9 @@ _REFUSALS = {
 }
 _MOVE_REFUSALS = _REFUSALS | {errno.EXDEV, errno.EMFILE}
 """gcsfuse says EMFILE, and overlays say EXDEV, of a folder that they cannot rename."""
-_IN_THE_WAY = {errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOENT}
+_IN_THE_WAY = {errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOENT, errno.ENOTDIR}
 _STEP_NBYTES = 4 * 2**20
+_FDS = Path("/proc/self/fd")
 _GHOST = re.compile(r"\.nfs[0-9a-fA-F]+|\.fuse_hidden[0-9a-fA-F]+")
 
 _lacking: dict[int, dict[str, str]] = {}
@@ -82,6 +87,49 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
+def pin(folder: Path, *, follow: bool = False) -> tuple[Path, int]:
+    """Open a folder, so that it can be reached whatever others make of its name meanwhile.
+
+    Parameters
+    ----------
+    follow
+        Whether its name may be a link.
+
+    Returns
+    -------
+    tuple
+        A path of this process that leads to the open folder, or `folder` itself without `/proc`; and the descriptor,
+        to be closed by the caller.
+    """
+    flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    fd = os.open(folder, flags)
+    path = _FDS / str(fd)
+    return (path if path.is_dir() else folder), fd
+
+
+def is_pin(path: Path) -> bool:
+    """Whether a path is one of `pin`: of the folder itself, which it leads to as a link does."""
+    return path.parent == _FDS
+
+
+@contextmanager
+def pinned(folder: Path) -> Iterator[Path]:
+    """Yield a path that leads to a folder, whose name may be a link, until the block ends; see `pin`."""
+    path, fd = pin(folder, follow=True)
+    try:
+        yield path
+    finally:
+        os.close(fd)
+
+
+def name_plainly(error: OSError, path: Path, name: Path) -> None:
+    """Let an error name files below a path of `pin` as they are called below `name`."""
+    for attribute in ("filename", "filename2"):
+        text = str(getattr(error, attribute) or "")
+        if path != name and text.startswith(f"{path}/"):
+            setattr(error, attribute, f"{name}{text.removeprefix(str(path))}")
+
+
 def write_document(path: Path, content: bytes) -> None:
     """Write a small file beside its name, then in its place: nobody reads a part of it, and no link is followed."""
     partial = path.with_name(f"{path.name}.partial")
@@ -89,6 +137,13 @@ def write_document(path: Path, content: bytes) -> None:
     with partial.open("xb") as file:
         file.write(content)
     move_file(partial, path)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a new file that only its owner can read, from the first moment; FileExistsError where anything is there."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def advise(fd: int, offset: int, nbytes: int, advice: str) -> None:
@@ -144,8 +199,12 @@ def may_write(folder: Path) -> bool:
 def move_file(source: Path, target: Path) -> None:
     """Give a file another name, in the place of a file that has it; by copying, where none can be renamed."""
     if not rename(source, target):
-        shutil.copyfile(source, target)
-        sync_path(target)
+        target.unlink(missing_ok=True)
+        # What another has put there since, such as a link, is not written through.
+        with source.open("rb") as old, target.open("xb") as new:
+            shutil.copyfileobj(old, new, _STEP_NBYTES)
+            new.flush()
+            flush(new.fileno())
         source.unlink()
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline.errors import OutputExistsError
-from pipeline.filesystem import is_refused, note_refusal, remove_empty, write_document
+from pipeline.filesystem import is_refused, note_refusal, pin, remove_empty, write_document
 from pipeline.trust import check_own, plain_words, read_document
 
 if TYPE_CHECKING:
@@ -48,45 +48,51 @@ _TRY_SECONDS = 0.05
 class Hold:
     """The right to write what is staged in a folder."""
 
-    def __init__(self, folder: Path, fd: int, claim: _Claim | None) -> None:
-        self._folder, self._fd, self._claim = folder, fd, claim
+    def __init__(self, name: Path, folder: Path, fds: list[int], claim: _Claim | None) -> None:
+        self._name, self._fds, self._claim = name, fds, claim
+        self.folder = folder
+        """Leads to what is held, whatever others make of its name; see `filesystem.pin`."""
 
     def check(self) -> None:
         """Raise OutputExistsError where another run has taken this one for dead."""
         if self._claim is not None and not self._claim.is_mine():
-            claims = _claims(self._folder)
-            raise _taken(self._folder, _say(_read(claims[-1]) if claims else None))
+            claims = _claims(self.folder)
+            raise _taken(self._name, _say(_read(claims[-1]) if claims else None))
 
     def release(self) -> None:
         """Let others write; files are closed before they are removed, since NFS keeps those that are open."""
         if self._claim is not None:
             self._claim.withdraw()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        while self._fds:
+            os.close(self._fds.pop())
 
     def discard(self) -> None:
         """Let others write, and remove the folder, in which nothing else is left."""
-        for path in (self._folder / "holder", self._folder / "holder.partial", *_claims(self._folder)):
+        for path in (self.folder / "holder", self.folder / "holder.partial", *_claims(self.folder)):
             if self._claim is None or path != self._claim.path:
                 path.unlink(missing_ok=True)
         # Last, while it is held: whoever waits for it sees that it is gone.
-        (self._folder / "lock").unlink(missing_ok=True)
+        (self.folder / "lock").unlink(missing_ok=True)
         self.release()
         # Whoever came between has made a lock of its own.
-        remove_empty(self._folder)
+        remove_empty(self._name)
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[Hold]:
+def hold(folder: Path, name: Path | None = None) -> Iterator[Hold]:
     """Hold a folder, which is made if it is not there, against all other runs.
+
+    Parameters
+    ----------
+    name
+        What it is called, where `folder` lies below a path of `filesystem.pin`.
 
     Raises
     ------
     OutputExistsError
         Naming the run that holds it.
     """
-    held = _lock(folder)
+    held = _lock(folder, name or folder)
     try:
         yield held
     finally:
@@ -99,7 +105,7 @@ def find_holder(folder: Path) -> str:
     with suppress(FileNotFoundError):
         check_own(folder, deep=False)
     with suppress(OSError):
-        fd = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | _NO_LINK)
+        fd = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | _NO_LINK)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -124,36 +130,51 @@ def _taken(folder: Path, who: str) -> OutputExistsError:
     )
 
 
-def _lock(folder: Path) -> Hold:
+def _lock(path: Path, name: Path) -> Hold:
     """Take the lock; its file goes with the folder, so whoever waited for one that is gone must see that."""
-    lock = folder / "lock"
     for _ in range(_TRIES):
-        with suppress(FileExistsError):
-            # Nobody else puts anything into it.
-            folder.mkdir(mode=0o700)
-        fd = -1
+        fds: list[int] = []
         try:
-            check_own(folder, deep=True)
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NO_LINK, 0o666)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), lock.stat()):
-                _check_claims(folder, {})
-                write_document(folder / "holder", json.dumps(_myself()).encode())
-                return Hold(folder, fd, None)
+            return _try_lock(path, name, fds)
         except (BlockingIOError, FileNotFoundError):
-            pass
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-                fd = -1
-            if isinstance(error, OutputExistsError) or not is_refused(error) or not lock.exists():
-                raise
-            note_refusal(folder, "flock", "two runs on one output are told apart by a claim that each renews")
-            return Hold(folder, -1, _Claim.take(folder))
-        if fd >= 0:
-            os.close(fd)
+            _close(fds)
+        except BaseException:
+            _close(fds)
+            raise
         time.sleep(_TRY_SECONDS)
-    raise _taken(folder, find_holder(folder) or _say(_read(folder / "holder")))
+    raise _taken(name, find_holder(path) or _say(_read(path / "holder")))
+
+
+def _try_lock(path: Path, name: Path, fds: list[int]) -> Hold:
+    """Open a folder and take its lock once; what is opened is added to `fds`."""
+    with suppress(FileExistsError):
+        # Nobody else puts anything into it.
+        path.mkdir(mode=0o700)
+    if path.is_symlink() or not path.is_dir():
+        check_own(path, deep=False, name=name)
+    folder, fd = pin(path)
+    fds.append(fd)
+    check_own(folder, deep=True, name=name)
+    lock = folder / "lock"
+    try:
+        fds.append(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NO_LINK, 0o666))
+        fcntl.flock(fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(fds[-1]), lock.stat()):
+            raise BlockingIOError
+        _check_claims(folder, {}, name)
+        write_document(folder / "holder", json.dumps(_myself()).encode())
+    except OSError as error:
+        if isinstance(error, OutputExistsError) or not is_refused(error) or not lock.exists():
+            raise
+        os.close(fds.pop())
+        note_refusal(folder, "flock", "two runs on one output are told apart by a claim that each renews")
+        return Hold(name, folder, fds, _Claim.take(folder, name))
+    return Hold(name, folder, fds, None)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 class _Claim:
@@ -165,7 +186,7 @@ class _Claim:
         self._thread = threading.Thread(target=self._renew, name="claim", daemon=True)
 
     @classmethod
-    def take(cls, folder: Path) -> _Claim:
+    def take(cls, folder: Path, name: Path) -> _Claim:
         """Make the file; OutputExistsError where that of a living run is there."""
         content = _myself() | {"token": uuid.uuid4().hex}
         void: dict[Path, Any] = {}
@@ -173,12 +194,12 @@ class _Claim:
         path = None
         try:
             while path is None:
-                _check_claims(folder, void)
+                _check_claims(folder, void, name)
                 path = folder / f"claim-{max(map(_number, _claims(folder)), default=0) + 1}"
                 if not _make(path, _encode(content, 0)):
                     path = None
             # Whoever has looked before another began, and stood still since, comes second.
-            _check_claims(folder, void | {path: _read(path)})
+            _check_claims(folder, void | {path: _read(path)}, name)
         except BaseException:
             _tokens.discard(content["token"])
             if path is not None:
@@ -233,14 +254,14 @@ def _number(claim: Path) -> int:
     return int(claim.name.partition("-")[2])
 
 
-def _check_claims(folder: Path, void: dict[Path, Any]) -> None:
+def _check_claims(folder: Path, void: dict[Path, Any], name: Path) -> None:
     """Raise OutputExistsError where the run of a claim goes on; the others become `void`, which are not looked at."""
     for path in _claims(folder):
         found = _read(path)
         if path in void and void[path] == found:
             continue
         if _is_alive(path):
-            raise _taken(folder, _say(_read(path)))
+            raise _taken(name, _say(_read(path)))
         void[path] = found
 
 

@@ -16,6 +16,7 @@ import dask
 from pipeline.clusterfile import OPEN_SETTINGS
 from pipeline.deployments import check_keys, keywords_of, mapping_of
 from pipeline.errors import InputError, OpenError
+from pipeline.filesystem import write_private
 from pipeline.launch import launch
 from pipeline.security import (
     Encryption,
@@ -164,9 +165,7 @@ def _write_certificates(stack: ExitStack, security: Security, shared: str) -> No
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".random-windows-", dir=place))
         contents, paths = files_in(folder, security)
         for name, text in contents.items():
-            path = Path(folder) / name
-            path.touch(mode=0o600)
-            path.write_text(text, encoding="utf-8")
+            write_private(Path(folder) / name, text)
     except OSError as error:
         raise OpenError(
             f"temporary certificates lie in a folder that all jobs see; got {error}; name one as "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _VERSION = 1
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -113,7 +115,9 @@ class Journal:
     def append(self, tasks: Iterable[tuple[int, tuple[FileRecord, ...]]]) -> None:
         """Note finished tasks, whose bytes are on the disk."""
         tasks = list(tasks)
-        _write(self._path, "ab", [_entry(number, files) for number, files in tasks])
+        # It is there: nothing is begun in its place.
+        with open(self._path, "ab", opener=lambda path, _: os.open(path, _APPEND)) as file:
+            file.write(_encode(_entry(number, files) for number, files in tasks))
         self.done.update(tasks)
 
     def rewrite(self) -> None:
@@ -121,7 +125,11 @@ class Journal:
         header = {"version": _VERSION, "cut": self.cut, "request": self.facts}
         entries = [header, *(_entry(number, files) for number, files in self.done.items())]
         partial = self._path.with_name(f"{self._path.name}.partial")
-        _write(partial, "wb", entries)
+        with partial.open("wb") as file:
+            file.write(_encode(entries))
+            # It takes the place of one that is whole.
+            file.flush()
+            flush(file.fileno())
         move_file(partial, self._path)
 
 
@@ -129,10 +137,5 @@ def _entry(number: int, files: tuple[FileRecord, ...]) -> dict[str, Any]:
     return {"task": number, "files": [(each.key, each.nbytes, each.crc32) for each in files]}
 
 
-def _write(path: Path, mode: str, entries: list[dict[str, Any]]) -> None:
-    with path.open(mode) as file:
-        file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
-        if mode == "wb":
-            # It takes the place of one that is whole.
-            file.flush()
-            flush(file.fileno())
+def _encode(entries: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)

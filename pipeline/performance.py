@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.capacity import active_client
 from pipeline.errors import InputError, OpenError, OutputExistsError
-from pipeline.filesystem import may_write, move_file
+from pipeline.filesystem import may_write, move_file, pinned
 from pipeline.staging import check_apart
+from pipeline.trust import check_own, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -80,26 +81,26 @@ def performance_report(path: Path | None) -> Iterator[None]:
     if path is None or client is None:
         yield
         return
-    begin = time.time()
-    try:
-        count = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.monitor.count)
-        # From now on the scheduler keeps what its tasks do.
-        client.get_task_stream(start=0, stop=0)
-    except Exception as error:  # noqa: BLE001 (a scheduler answers what it likes)
-        _complain(path, error)
-        yield
-        return
-    try:
-        yield
-    except Exception:
-        # Perhaps because the scheduler does not answer.
-        _save(client, path, begin, count, seconds=_FAILED_SECONDS)
-        raise
-    _save(client, path, begin, count, seconds=_SECONDS)
+    with pinned(path.parent) as parent:
+        place, begin = parent / path.name, time.time()
+        try:
+            count = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.monitor.count)
+            # From now on the scheduler keeps what its tasks do.
+            client.get_task_stream(start=0, stop=0)
+        except Exception as error:  # noqa: BLE001 (a scheduler answers what it likes)
+            _complain(path, error)
+            yield
+            return
+        try:
+            yield
+        except Exception:
+            # Perhaps because the scheduler does not answer.
+            _save(client, place, path, begin, count, seconds=_FAILED_SECONDS)
+            raise
+        _save(client, place, path, begin, count, seconds=_SECONDS)
 
 
-def _save(client: Any, path: Path, begin: float, count: int, *, seconds: float) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+def _save(client: Any, place: Path, path: Path, begin: float, count: int, *, seconds: float) -> None:
     try:
         page = client.sync(
             client.scheduler.performance_report,
@@ -110,10 +111,20 @@ def _save(client: Any, path: Path, begin: float, count: int, *, seconds: float) 
             callback_timeout=seconds,
         )
         page = _REMOTE.sub("", page).replace("<head>", f"<head>\n    {_MARK}", 1)
-        partial.write_text(page, encoding="utf-8")
-        move_file(partial, path)
+        _put(page, place)
     except Exception as error:  # noqa: BLE001 (see `performance_report`)
         _complain(path, error)
+
+
+def _put(page: str, place: Path) -> None:
+    partial = place.with_name(f"{place.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(page)
+        # Somebody may have put something else there since the run began.
+        if os.path.lexists(place) and not _is_ours(place):
+            raise FileExistsError("what is there is no performance report of ours")
+        move_file(partial, place)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -124,10 +135,9 @@ def _complain(path: Path, error: Exception) -> None:
 
 
 def _is_ours(path: Path) -> bool:
+    """Whether a report of ours is at `path`, and of this user."""
     try:
-        if path.is_symlink() or not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return _MARK.encode() in file.read(_MARK_WITHIN)
+        check_own(path, deep=False, published=True)
+        return _MARK.encode() in read_document(path)[:_MARK_WITHIN]
     except OSError:
         return False

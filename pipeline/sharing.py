@@ -305,11 +305,14 @@ def _close(fds: list[int]) -> None:
 def _make_memory() -> int:
     name = f"random-windows-{uuid.uuid4().hex}"
     try:
-        return os.memfd_create(name, os.MFD_CLOEXEC | _NOT_EXECUTABLE)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | _NOT_EXECUTABLE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return os.memfd_create(name, os.MFD_CLOEXEC | _SEALABLE)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | _SEALABLE)
+    # Other users do not reach the link in `/proc`, and could not open what it leads to either.
+    os.fchmod(fd, 0o600)
+    return fd
 
 
 def _seal(fd: int) -> bool:

@@ -176,10 +176,16 @@ def _everywhere(
 
 
 async def _write(folder: str, contents: dict[str, str], connection: Any) -> None:
-    # Two names may be one host. A folder of somebody else's is refused.
-    await connection.run(f"umask 077; mkdir {folder} 2>/dev/null; test -O {folder}", check=True)
-    for name, text in contents.items():
-        await connection.run(f"umask 077; cat > {folder}/{shlex.quote(name)}", input=text, check=True)
+    """Write files into a new folder, which nobody else can enter.
+
+    Commands are in sight of all users of a host, and so is the folder's name from now on: whoever makes something of
+    that name first ends the start, and no file is written where anything is. Two names may be one host, where the
+    first has it all.
+    """
+    there = " && ".join(f"test {each} {folder}" for each in ("-d", "! -L", "-O"))
+    made = await connection.run(f"umask 077; mkdir {folder} 2>/dev/null && echo new || {{ {there}; }}", check=True)
+    for name, text in contents.items() if made.stdout.strip() else ():
+        await connection.run(f"umask 077; set -C; cat > {folder}/{shlex.quote(name)}", input=text, check=True)
 
 
 async def _remove(folder: str, connection: Any) -> None:

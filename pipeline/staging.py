@@ -26,11 +26,15 @@ from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenErro
 from pipeline.filesystem import (
     count_free,
     is_ghost,
+    is_pin,
     link_file,
     may_write,
     move_file,
     move_files,
+    name_plainly,
     note_refusal,
+    pin,
+    pinned,
     remove,
     rename,
     sync_path,
@@ -64,11 +68,13 @@ class Stage:
 
     def __init__(self, folder: Path, journal: Journal, held: Hold) -> None:
         self._journal, self._held = journal, held
-        self.output = folder / f"output-{uuid.uuid4().hex[:8]}"
-        """The file or folder to be made; what an earlier run wrote is there."""
-        for earlier in _outputs(folder):
-            if not rename(earlier, self.output):
-                self.output = earlier
+        self.held_output = held.folder / f"output-{uuid.uuid4().hex[:8]}"
+        """The same as `output`, for this process, whatever others make of the folder's name."""
+        for earlier in _outputs(held.folder):
+            if not rename(earlier, self.held_output):
+                self.held_output = earlier
+        self.output = folder / self.held_output.name
+        """The file or folder to be made; what an earlier run wrote is there. Nobody else knows its name."""
         self.cut = journal.cut
         """Units of a task; those of the earlier run, where there was one."""
         self.tasks = 0
@@ -91,13 +97,13 @@ class Stage:
         """
         with ThreadPoolExecutor() as pool:
             whole = list(
-                pool.map(lambda files: all(_is_whole(self.output, each) for each in files), self.done.values())
+                pool.map(lambda files: all(_is_whole(self.held_output, each) for each in files), self.done.values())
             )
         self.redo(number for number, right in zip(list(self.done), whole, strict=True) if not right)
         kept = {file.key for files in self.done.values() for file in files}
-        for key, _ in list(list_files(self.output)):
+        for key, _ in list(list_files(self.held_output)):
             if key not in kept:
-                (self.output / key).unlink()
+                (self.held_output / key).unlink()
 
     def redo(self, numbers: Iterable[int]) -> None:
         """Take tasks of an earlier run as not finished."""
@@ -113,9 +119,9 @@ class Stage:
 
     def check_complete(self) -> None:
         """Raise IntegrityError unless each expected task is finished; remove what workers left that ended."""
-        for key, _ in list(list_files(self.output)):
+        for key, _ in list(list_files(self.held_output)):
             if _LEFT.fullmatch(key):
-                (self.output / key).unlink()
+                (self.held_output / key).unlink()
         missing = [number for number in range(self.tasks) if number not in self.done]
         if missing:
             raise IntegrityError(
@@ -152,36 +158,39 @@ def stage_output(
     """
     check_destination(path, nbytes=nbytes, resume=resume, overwrite=overwrite)
     partial = _partial(path)
-    with hold(partial) as held:
-        earlier = Journal.read(partial / "journal")
+    with pinned(path.parent) as parent, hold(_partial(parent / path.name), partial) as held:
+        place, folder = parent / path.name, held.folder
+        earlier = Journal.read(folder / "journal")
         kept, tasks, begun, complete = 0 if earlier is None else len(earlier.done), 0, False, False
         try:
-            _finish_moving(partial, path)
-            _restore_replaced(partial, path)
-            journal = _begin_journal(partial, earlier, request, cut, resume=resume, overwrite=overwrite)
+            _finish_moving(folder, place, path)
+            _restore_replaced(folder, place)
+            journal = _begin_journal(partial, folder, earlier, request, cut, resume=resume, overwrite=overwrite)
             stage = Stage(partial, journal, held)
             begun = True
-            if not stage.output.is_file():
+            if not stage.held_output.is_file():
                 stage.check_kept()
             try:
                 yield stage
             finally:
                 kept, tasks = len(stage.done), stage.tasks
-            _sync_tree(stage.output)
+            _sync_tree(stage.held_output)
             held.check()
-            _put_in_place(stage.output, path, overwrite=overwrite)
+            _put_in_place(stage.held_output, place, path, overwrite=overwrite)
             complete = True
-            sync_path(path.parent)
-            _discard(partial, held)
+            sync_path(parent)
+            _discard(held)
         except BaseException as error:
-            if isinstance(error, OSError) and error.filename is None and not isinstance(error, PipelineError):
-                error.filename = str(partial)
+            if isinstance(error, OSError) and not isinstance(error, PipelineError):
+                error.filename = error.filename or str(partial)
+                name_plainly(error, folder, partial)
+                name_plainly(error, parent, path.parent)
             if complete:
                 error.add_note(f"{path} is complete all the same")
             elif not kept:
-                _discard(partial, held)
+                _discard(held)
             elif begun or not isinstance(error, OutputExistsError):
-                flags = "--resume --overwrite" if _is_taken(path) else "--resume"
+                flags = "--resume --overwrite" if _is_taken(place) else "--resume"
                 error.add_note(say_kept(kept, tasks, flags))
             raise
 
@@ -236,10 +245,10 @@ def is_finished(path: Path, request: Request) -> bool:
     partial = _partial(path)
     if _is_taken(partial) and _is_remains(partial):
         with hold(partial) as held:
-            journal = Journal.read(partial / "journal")
+            journal = Journal.read(held.folder / "journal")
             # Those of another request are somebody's work.
             if journal is None or not request.differences(journal.facts):
-                _discard(partial, held)
+                _discard(held)
     return True
 
 
@@ -261,10 +270,10 @@ def _request_differs(path: Path, request: Request) -> list[str]:
 
 
 def _begin_journal(
-    partial: Path, journal: Journal | None, request: Request, cut: int, *, resume: bool, overwrite: bool
+    partial: Path, folder: Path, journal: Journal | None, request: Request, cut: int, *, resume: bool, overwrite: bool
 ) -> Journal:
-    """Go on with the journal of an earlier run, or begin a new one."""
-    path = partial / "journal"
+    """Go on with the journal of an earlier run, or begin a new one; `folder` leads to what is called `partial`."""
+    path = folder / "journal"
     if journal is not None and resume:
         differs = request.differences(journal.facts)
         if not differs:
@@ -275,9 +284,9 @@ def _begin_journal(
                 f"a run resumes one of the same request; that of {partial} differs in {', '.join(differs)}; ask for "
                 f"the same, or start anew with --overwrite"
             )
-    if _is_begun(partial) and not (resume or overwrite):
+    if not _has_words_alone(folder) and not (resume or overwrite):
         raise _remains_error(partial)
-    for each in [partial / "journal", partial / "journal.partial", *_outputs(partial)]:
+    for each in [path, folder / "journal.partial", *_outputs(folder)]:
         remove(each)
     return Journal.create(path, request, cut)
 
@@ -378,9 +387,9 @@ def _outputs(partial: Path) -> list[Path]:
     return sorted(partial.glob("output-*"))
 
 
-def _discard(partial: Path, held: Hold) -> None:
+def _discard(held: Hold) -> None:
     """Remove all that was staged, and last what says who writes: who comes meanwhile is kept out by it."""
-    for each in partial.iterdir():
+    for each in held.folder.iterdir():
         if not (_HELD.fullmatch(each.name) or is_ghost(each.name)):
             remove(each)
     held.discard()
@@ -390,7 +399,12 @@ def _is_begun(partial: Path) -> bool:
     """Whether anything is where an output is staged but who writes it, or wrote it, and files that are gone."""
     if not _is_taken(partial) or partial.is_symlink() or not partial.is_dir():
         return _is_taken(partial)
-    return not all(_HELD.fullmatch(each.name) or is_ghost(each.name) for each in partial.iterdir())
+    return not _has_words_alone(partial)
+
+
+def _has_words_alone(folder: Path) -> bool:
+    """Whether nothing is in a folder but what says who writes, or wrote, and files that are gone."""
+    return all(_HELD.fullmatch(each.name) or is_ghost(each.name) for each in folder.iterdir())
 
 
 def _is_taken(path: Path) -> bool:
@@ -411,7 +425,7 @@ def _partial(path: Path) -> Path:
 def _is_ours(path: Path) -> bool:
     """Whether `path` is a Zarr or an `.npy` that this package finished; a link is neither."""
     try:
-        if path.is_symlink():
+        if path.is_symlink() and not is_pin(path):
             return False
         return read_record(path) is not None if path.is_dir() else read_mark(path) is not None
     except (OSError, ValueError):
@@ -425,51 +439,102 @@ def _is_remains(partial: Path) -> bool:
     return all(_STAGED.fullmatch(each.name) or is_ghost(each.name) for each in partial.iterdir())
 
 
-def _put_in_place(output: Path, path: Path, *, overwrite: bool) -> None:
-    """Rename what is complete; what stood there before, if it may be replaced, is there until the new one is."""
-    if overwrite and _is_taken(path):
-        _exchange(output, path, aside=output.with_name("replaced"))
-        return
-    with _appearing(path):
-        if not output.is_dir():
-            # A rename would replace a file that has appeared meanwhile; a link does not.
-            link_file(output, path)
-        elif not rename(output, path):
-            _move_by_files(output, path)
+def _put_in_place(output: Path, place: Path, path: Path, *, overwrite: bool) -> None:
+    """Rename what is complete; what stood there before, if it may be replaced, is there until the new one is.
 
-
-def _exchange(new: Path, old: Path, *, aside: Path) -> None:
-    """Let two names change places at once (Linux), or one after the other where the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None and not renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _EXCHANGE):
+    Parameters
+    ----------
+    place
+        Leads to what is called `path`, by the folder that was opened first.
+    """
+    if not (overwrite and _is_taken(place)):
+        with _appearing(path):
+            if not output.is_dir():
+                # A rename would replace a file that has appeared meanwhile; a link does not.
+                link_file(output, place)
+            elif not rename(output, place):
+                _move_by_files(output, place, path)
         return
-    if not rename(old, aside):
-        if new.is_dir():
-            _move_by_files(new, old)
-        else:
-            move_file(new, old)
+    replaced = _exchange(output, place, path, aside=output.with_name("replaced"))
+    if replaced is None:
         return
     try:
+        # Here nobody else can reach it any more, nor have it changed before it is removed.
+        _check_replaced(replaced, path)
+    except BaseException:
+        _exchange(replaced, place, path, aside=output)
+        raise
+
+
+def _check_replaced(replaced: Path, path: Path) -> None:
+    """Raise OutputExistsError where what stood at `path` last is no output of ours, or others could write into it."""
+    check_own(replaced, deep=True, published=True, name=path)
+    if not _is_ours(replaced):
+        raise OutputExistsError(f"{path} has become something else meanwhile; choose another name")
+
+
+def _exchange(new: Path, old: Path, path: Path, *, aside: Path) -> Path | None:
+    """Let two names change places at once (Linux), or one after the other where the file system cannot.
+
+    Parameters
+    ----------
+    path
+        What `old` is called.
+
+    Returns
+    -------
+    Path or None
+        Where what was at `old` is now: `new` or `aside`; None where it was replaced file by file.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and not renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _EXCHANGE):
+        return new
+    if not rename(old, aside):
+        if new.is_dir():
+            _move_by_files(new, old, path, overwrite=True)
+        else:
+            move_file(new, old)
+        return None
+    try:
         if not rename(new, old):
-            _move_by_files(new, old)
+            _move_by_files(new, old, path)
     except BaseException:
         if not _is_taken(old):
             aside.rename(old)
         raise
+    return aside
 
 
-def _move_by_files(output: Path, path: Path) -> None:
+def _move_by_files(output: Path, place: Path, path: Path, *, overwrite: bool = False) -> None:
     """Put a folder into its place where folders cannot be renamed: it is whole once its metadata, the last, are there.
 
     What stood there goes before; all that is to take its place lies beside it, finished.
     """
     note_refusal(output, "rename of folders", "the output took its place file by file, its metadata last")
     output.with_name("moving").touch()
-    if path.is_dir():
-        (path / METADATA).unlink(missing_ok=True)
-        remove(path)
-    path.mkdir(exist_ok=True)
-    move_files(output, path, last=METADATA)
+    there = overwrite and _is_taken(place)
+    if not there:
+        place.mkdir()
+    with _opened(place, path) as target:
+        if there:
+            _check_replaced(target, path)
+        (target / METADATA).unlink(missing_ok=True)
+        for each in target.iterdir():
+            remove(each)
+        move_files(output, target, last=METADATA)
+
+
+@contextmanager
+def _opened(place: Path, path: Path) -> Iterator[Path]:
+    """Yield a path that leads to a result of ours, not to what somebody else may put in its place meanwhile."""
+    if place.is_symlink():
+        check_own(place, deep=False, published=True, name=path)
+    target, fd = pin(place)
+    try:
+        check_own(target, deep=True, published=True, name=path)
+        yield target
+    finally:
+        os.close(fd)
 
 
 def _is_moving(partial: Path, path: Path) -> bool:
@@ -477,13 +542,16 @@ def _is_moving(partial: Path, path: Path) -> bool:
     return (partial / "moving").exists() and path.is_dir() and not (path / METADATA).exists()
 
 
-def _finish_moving(partial: Path, path: Path) -> None:
+def _finish_moving(partial: Path, place: Path, path: Path) -> None:
     """Take back what an earlier run has put at `path` of an output whose last file it did not."""
-    if _is_moving(partial, path):
+    if _is_moving(partial, place):
         output = next(iter(_outputs(partial)), partial / "output-00000000")
         output.mkdir(exist_ok=True)
-        move_files(path, output, last=METADATA)
-        remove(path)
+        with _opened(place, path) as source:
+            move_files(source, output, last=METADATA)
+            for each in source.iterdir():
+                remove(each)
+        place.rmdir()
     remove(partial / "moving")
 
 

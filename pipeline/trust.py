@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import OutputExistsError
+from pipeline.filesystem import is_pin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,7 +106,7 @@ def read_document(path: Path) -> bytes:
         return file.read(DOCUMENT_NBYTES)
 
 
-def check_own(root: Path, *, deep: bool, published: bool = False) -> None:
+def check_own(root: Path, *, deep: bool, published: bool = False, name: Path | None = None) -> None:
     """Refuse remains, or a result, in which somebody else could have put something; nothing in it is opened.
 
     Parameters
@@ -116,6 +117,8 @@ def check_own(root: Path, *, deep: bool, published: bool = False) -> None:
         Whether to look at all that is below it, and not only at what lies in it.
     published
         Whether it is a result, which a group may share, so that only owners and links count.
+    name
+        What it is called, where `root` is a path of `filesystem.pin`.
 
     Raises
     ------
@@ -123,14 +126,17 @@ def check_own(root: Path, *, deep: bool, published: bool = False) -> None:
         If `root` is a link or another user's, or others can write it, or something in it is a link, another user's, or
         neither a file nor a folder.
     """
-    for path, fault in _find_faults(root, deep=deep, published=published):
+    name = name or root
+    for path, fault in _find_faults(root, name, deep=deep, published=published):
         raise OutputExistsError(
-            f"{path} {fault}: nothing of {root} is used or removed; choose another name, or remove it yourself"
+            f"{name / path.relative_to(root)} {fault}: nothing of {name} is used or removed; choose another name, or "
+            f"remove it yourself"
         )
 
 
-def _find_faults(root: Path, *, deep: bool, published: bool) -> Iterator[tuple[Path, str]]:
-    status = root.lstat()
+def _find_faults(root: Path, name: Path, *, deep: bool, published: bool) -> Iterator[tuple[Path, str]]:
+    # What a pin leads to is no link.
+    status = os.lstat(f"{root}/.") if is_pin(root) else root.lstat()
     kind = _find_kind(status)
     if kind or not (published or stat.S_ISDIR(status.st_mode)):
         yield root, kind or "is not a folder"
@@ -138,7 +144,7 @@ def _find_faults(root: Path, *, deep: bool, published: bool) -> Iterator[tuple[P
     if published:
         status = os.stat_result((status.st_mode & ~0o022, *status[1:]))
     stranger = find_stranger(status)
-    if stranger and not _is_shown_so(root, status, published=published):
+    if stranger and not _is_shown_so(name, status, published=published):
         yield root, stranger
         return
     for parent, folders, files in os.walk(root):
@@ -161,12 +167,12 @@ def _find_kind(status: os.stat_result) -> str:
     return "" if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else "is neither a file nor a folder"
 
 
-def _is_shown_so(root: Path, status: os.stat_result, *, published: bool) -> bool:
-    """Whether a file system shows a new folder of this process as it shows `root`, whose status is given.
+def _is_shown_so(name: Path, status: os.stat_result, *, published: bool) -> bool:
+    """Whether a file system shows a new folder of this process as it shows what has this name and this status.
 
     Network and FUSE file systems may give all files to one user, and let everybody write them.
     """
-    with suppress(OSError), tempfile.TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as own:
+    with suppress(OSError), tempfile.TemporaryDirectory(prefix=f"{name.name}.", dir=name.parent) as own:
         new = os.lstat(own)
         same = published or new.st_mode == status.st_mode
         return find_stranger(new) is not None and new.st_uid == status.st_uid and same

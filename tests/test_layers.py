@@ -59,7 +59,8 @@ LAYERS = [
     "fetching identity journal manifest notice npy stores",
     "folderstore holding sharing",
     "conventions credentials files locations markup memory preads record rowfiles",
-    "arguments filesystem trust",
+    "arguments trust",
+    "filesystem",
     "errors exits forking formats pages signals sizes zarrconfig",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""

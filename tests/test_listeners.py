@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import dask
 import distributed
+import numpy as np
 import pytest
 
 from pipeline import security
 from pipeline.cluster import connect
+from pipeline.sharing import share_memory
 from tests.sockets import LOOPBACK, listening
-from tests.stranger import intrude
+from tests.stranger import UID, intrude
 from tests.test_service_contract import describe
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
@@ -52,6 +55,15 @@ def nodes_of(client):
     return pids - {os.getppid(), 1}
 
 
+def unix_listeners(*pids):
+    """Sockets of processes that others on this host connect to by a path, or a name."""
+    lines = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    # Those that listen have this flag.
+    inodes = {f"socket:[{line[6]}]": line[7:] for line in lines if int(line[3], 16) & 0x10000}
+    links = [str(each.readlink()) for pid in pids for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()]
+    return [inodes[link] for link in links if link in inodes]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -75,6 +87,7 @@ def test_strangers_are_shown_pages_at_most(name, request, tmp_path, keys, capfd)
         ports = {int(each.rpartition(":")[2]) for each in workers if "://127" in each}
         assert ports <= {port for _, port in sockets}
         assert len(sockets) >= (2 if name == "in-process" else 8)
+        assert unix_listeners(*pids) == []
         private = [Path(f"/proc/{pid}/{each}") for pid in pids for each in ("environ", "mem", "fd/1")]
         certificate = client.run_on_scheduler(dask.config.get, "distributed.comm.tls.scheduler.cert")
         folders = [Path(certificate).parent] if certificate else list(tmp_path.glob(".random-windows-*"))
@@ -230,3 +243,31 @@ def test_hosts_that_the_user_names_are_let_in():
     with connect(insecure=True) as client:
         for port in dashboards(client):
             assert ask(port, "/status/ws", **WEBSOCKET, **proxy)[0] == 101
+
+
+def test_shared_memory_is_out_of_the_reach_of_strangers():
+    """They find it nowhere: not among the open files of the process, nor in `/dev/shm`, nor by its number."""
+    names = set(Path("/dev/shm").iterdir()) if Path("/dev/shm").is_dir() else set()
+    shared = share_memory((4, 5), np.dtype("f8"))
+    try:
+        files = [Path(f"/proc/{os.getpid()}/fd/{file.fd}") for file in shared.handle.files]
+        maps = [Path(f"/proc/{os.getpid()}/{each}") for each in ("mem", "maps", "map_files", "fd")]
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+        assert not Path("/dev/shm").is_dir() or set(Path("/dev/shm").iterdir()) == names
+        _, readable = intrude([], files=[*files, *maps])
+        assert readable == [] or os.getuid() != 0
+        # Who may open it is what the second line of defence is tried with: a descriptor that was handed over.
+        assert os.getuid() != 0 or is_refused_to_stranger(files[0])
+    finally:
+        shared.close(0)
+
+
+def is_refused_to_stranger(file):
+    """Whether another user cannot open a file anew that it already has open for reading."""
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        command = ["sh", "-c", f": <> /proc/self/fd/{fd}"]
+        done = subprocess.run(command, check=False, pass_fds=[fd], user=UID, group=UID, extra_groups=[], stderr=-1)
+    finally:
+        os.close(fd)
+    return b"denied" in done.stderr

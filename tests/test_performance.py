@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import os
 import re
 import sys
 from urllib.request import urlopen
@@ -12,6 +13,9 @@ import pytest
 import pipeline
 from pipeline.cluster import dashboard_link
 from pipeline.performance import check_report, performance_report
+from tests.stranger import UID
+
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 
 
 class Page(html.parser.HTMLParser):
@@ -169,3 +173,38 @@ def test_without_a_cluster_there_is_none(tmp_path):
     with performance_report(tmp_path / "R.html"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+MARK = '<meta name="generator" content="random-windows">'
+
+
+@pytest.mark.parametrize("level", ["file", "folder"])
+def test_what_becomes_a_link_under_way_is_not_written_through(tmp_path, capsys, level):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "victim").mkdir()
+    dear = tmp_path / "victim" / "R.html"
+    dear.write_text(MARK + "dear")
+    with pipeline.connect(dashboard_address=None), performance_report(tmp_path / "shared" / "R.html"):
+        if level == "file":
+            (tmp_path / "shared" / "R.html").symlink_to(dear)
+        else:
+            (tmp_path / "shared").rename(tmp_path / "away")
+            (tmp_path / "shared").symlink_to(tmp_path / "victim")
+    assert dear.read_text() == MARK + "dear"
+    assert list((tmp_path / "victim").iterdir()) == [dear]
+    if level == "file":
+        assert "is no performance report of ours" in capsys.readouterr().err
+    else:
+        assert MARK in (tmp_path / "away" / "R.html").read_text()
+
+
+@pytest.mark.parametrize("kind", ["fifo", pytest.param("stranger", marks=ROOT)])
+def test_what_somebody_else_put_there_is_left_alone(tmp_path, kind):
+    place = tmp_path / "R.html"
+    if kind == "fifo":
+        os.mkfifo(place)
+    else:
+        place.write_text(MARK)
+        os.chown(place, UID, UID)
+    with pytest.raises(pipeline.OutputExistsError, match="only a performance report of ours is replaced"):
+        check_report(str(place), [])

@@ -443,7 +443,7 @@ def test_the_note_says_how_to_go_on(folder: Path) -> None:
 
 
 def test_a_failure_after_the_end_says_that_the_output_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_partial: Path, _held: object) -> None:
+    def fail(_held: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

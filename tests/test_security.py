@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -12,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import dask
@@ -29,10 +30,12 @@ from pipeline.errors import InputError, NotFoundError, OpenError
 from pipeline.jobs import job_kwargs
 from pipeline.local import local_kwargs
 from pipeline.security import Encryption, check_address, check_dashboard, is_loopback
-from pipeline.ssh import ssh_kwargs
+from pipeline.ssh import _write, ssh_kwargs
 from tests.sockets import LOOPBACK, listening
+from tests.stranger import UID
 
 LINUX = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 ELSEWHERE = "192.0.2.7"
 """An address for documentation: nobody's."""
 CERTIFICATES = {
@@ -377,7 +380,82 @@ def test_certificates_of_jobs_are_for_their_owner_and_removed(tmp_path):
         jobs_module._write_certificates(stack, distributed.Security.temporary(), str(tmp_path / "absent"))
 
 
+def test_certificates_of_jobs_are_written_over_nothing(tmp_path, monkeypatch):
+    """Whatever the umask: it takes rights away, and gives none."""
+    (tmp_path / "victim").write_text("dear")
+    monkeypatch.setattr(jobs_module.tempfile, "TemporaryDirectory", lambda **_: nullcontext(str(tmp_path)))
+    (tmp_path / "ca-file.pem").symlink_to("victim")
+    before = os.umask(0)
+    try:
+        with pytest.raises(OpenError, match="File exists"), ExitStack() as stack:
+            jobs_module._write_certificates(stack, distributed.Security.temporary(), "")
+        (tmp_path / "ca-file.pem").unlink()
+        with ExitStack() as stack:
+            jobs_module._write_certificates(stack, distributed.Security.temporary(), "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "victim").read_text() == "dear"
+    assert {stat.S_IMODE(each.stat().st_mode) for each in tmp_path.glob("*.pem")} == {0o600}
+
+
 # SSH
+
+
+class LocalHost:
+    """A connection whose commands run here; `meanwhile`: what somebody else does before each."""
+
+    def __init__(self, meanwhile=lambda _: None):
+        self.meanwhile = meanwhile
+
+    async def run(self, command, *, input=None, check):  # noqa: A002 (that of asyncssh)
+        self.meanwhile(command)
+        given = {"input": input, "check": check, "text": True, "capture_output": True}
+        return await asyncio.to_thread(subprocess.run, ["sh", "-c", command], **given)
+
+
+def send(folder, connection):
+    asyncio.run(_write(str(folder), {"ca.pem": "certificate", "run": "script"}, connection))
+
+
+def test_certificates_are_sent_into_a_folder_of_their_owner_alone(tmp_path):
+    folder = tmp_path / "random-windows-0123"
+    before = os.umask(0)
+    try:
+        send(folder, LocalHost())
+        # The same host, by another name.
+        send(folder, LocalHost())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {each.name: (each.read_text(), stat.S_IMODE(each.stat().st_mode)) for each in folder.iterdir()} == {
+        "ca.pem": ("certificate", 0o600),
+        "run": ("script", 0o600),
+    }
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "link in it", pytest.param("stranger", marks=ROOT)])
+def test_certificates_are_sent_to_no_place_that_somebody_has_prepared(tmp_path, kind):
+    """Commands are in sight of all users of a host, and whoever is fast enough may be first."""
+    folder, victim = tmp_path / "random-windows-0123", tmp_path / "victim"
+    victim.mkdir(mode=0o755)
+    (victim / "a").write_text("dear")
+
+    def prepare(command):
+        if kind == "link in it":
+            if "set -C" in command:
+                (folder / "ca.pem").symlink_to(victim / "a")
+        elif kind == "link":
+            folder.symlink_to(victim)
+        elif kind == "file":
+            folder.write_text("")
+        else:
+            folder.mkdir(mode=0o777)
+            os.chown(folder, UID, UID)
+
+    with pytest.raises(subprocess.CalledProcessError):
+        send(folder, LocalHost(prepare))
+    assert {each.name: each.read_text() for each in victim.iterdir()} == {"a": "dear"}
+    assert kind != "stranger" or not list(folder.iterdir())
 
 
 def test_hosts_name_an_interface_unless_they_are_loopback():

@@ -15,6 +15,7 @@ from distributed import Security
 from pipeline.bench.contenders.ours_threads import read
 from pipeline.cluster import connect
 from pipeline.errors import OpenError
+from pipeline.filesystem import write_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,8 +50,7 @@ def tls_cluster(folder: Path) -> Iterator[Path]:
     texts = {"ca": made.tls_ca_file, "cert": made.tls_client_cert, "key": made.tls_client_key}
     paths = {name: folder / f"{name}.pem" for name in texts}
     for name, path in paths.items():
-        path.touch(mode=0o600)
-        path.write_text(texts[name], encoding="ascii")
+        write_private(path, texts[name])
     own = {name: str(paths[name]) for name in ("cert", "key")}
     tls = {"ca-file": str(paths["ca"]), "scheduler": own, "worker": own, "client": own}
     settings = {"distributed": {"comm": {"require-encryption": True, "tls": tls}}}
