@@ -194,8 +194,9 @@ class _Claim:
         path = None
         try:
             while path is None:
-                _check_claims(folder, void, name)
-                path = folder / f"claim-{max(map(_number, _claims(folder)), default=0) + 1}"
+                # Numbered after those that were looked at: where another has come since, its file is there already.
+                seen = _check_claims(folder, void, name)
+                path = folder / f"claim-{max(map(_number, seen), default=0) + 1}"
                 if not _make(path, _encode(content, 0)):
                     path = None
             # Whoever has looked before another began, and stood still since, comes second.
@@ -254,15 +255,17 @@ def _number(claim: Path) -> int:
     return int(claim.name.partition("-")[2])
 
 
-def _check_claims(folder: Path, void: dict[Path, Any], name: Path) -> None:
-    """Raise OutputExistsError where the run of a claim goes on; the others become `void`, which are not looked at."""
-    for path in _claims(folder):
+def _check_claims(folder: Path, void: dict[Path, Any], name: Path) -> list[Path]:
+    """Return the claims; OutputExistsError where the run of one goes on; the others become `void`: not looked at."""
+    claims = _claims(folder)
+    for path in claims:
         found = _read(path)
         if path in void and void[path] == found:
             continue
         if _is_alive(path):
             raise _taken(name, _say(_read(path)))
         void[path] = found
+    return claims
 
 
 _tokens: set[str] = set()

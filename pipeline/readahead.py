@@ -198,6 +198,7 @@ class Reading:
             runner = _Runner(stack, stopped, 0 if inside else ahead.groups, pool)
 
             def read_group(places: NDArray[np.int64]) -> tuple[Group, list[Receipt]]:
+                _check_running(client)
                 given = {"at_once": ahead.at_once, "pool": pool, "watch": watch}
                 return self._read_group(places, survey, stopped, threads, **given)
 
@@ -333,6 +334,12 @@ def _result_of(future: Any, client: Any) -> tuple[Group, list[Receipt]]:
             raise closed_error(client) from error
         raise
     return group, receipts
+
+
+def _check_running(client: Any) -> None:
+    """Raise IncompleteError where a client was closed: it is the active one no more, and tasks would run elsewhere."""
+    if client is not None and client.status != "running":
+        raise closed_error(client)
 
 
 def _cut_groups(batches: int, most: int) -> Iterator[tuple[int, int]]:

@@ -262,7 +262,7 @@ class TestLaterWorkers:
     def test_a_failure_names_its_worker(self, active, plan):
         with pytest.raises(pipeline.IntegrityError) as caught:
             pipeline.gather(plan, apply=fail_later)
-        assert any(re.fullmatch(r"on worker tcp://127\.0\.0\.1:\d+", note) for note in caught.value.__notes__)
+        assert any(re.fullmatch(r"on worker tls://127\.0\.0\.1:\d+", note) for note in caught.value.__notes__)
 
 
 def fail_later(block):
