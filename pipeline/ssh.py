@@ -49,6 +49,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "worker_options": {"dashboard_address": "127.0.0.1:0", "death_timeout": 60},
 }
 _LOOPBACK = "127.0.0.1"
+_SPOKEN = {
+    # Dask learns the address of each process from its log, which the user's settings, or another cluster of this
+    # process that keeps its workers quiet, may have turned off.
+    "logging.distributed": "info",
+    "distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "info",
+}
 
 
 def ssh_kwargs(
@@ -121,7 +127,7 @@ def start_ssh(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption, 
     level
         Of Dask's log lines that are let through; falsy: all.
     """
-    settings = dict.fromkeys(secret_settings(dask.config.config))
+    settings = dict.fromkeys(secret_settings(dask.config.config)) | _SPOKEN
     interrupted: Callable[[], None] | None = None
     security = make_security(encryption)
     if security is not None:

@@ -352,7 +352,9 @@ class TestOthers:
 
 
 @pytest.mark.ssh
-def test_hosts_over_ssh(ssh_service, samples, plan, tmp_path):
+def test_hosts_over_ssh(ssh_service, processes, samples, plan, tmp_path):
+    """Beside another cluster, which keeps the processes that it starts quiet: Dask learns addresses from the log."""
+    assert processes.status == "running"
     kwargs = {
         "hosts": list(ssh_service.hosts),
         "connect_options": {"config": [str(ssh_service.config)]},
