@@ -97,6 +97,17 @@ def _reset_distributed() -> None:
     _keep_processes()
 
 
+def _has_dead_threads() -> bool:
+    """Whether threads of Dask are a parent's, which forked before this module was imported."""
+    threads = set(getattr(getattr(sys.modules.get("dask.threaded"), "default_pool", None), "_threads", ()))
+    if "distributed" in sys.modules:
+        from distributed.utils import LoopRunner
+
+        loops = [getattr(runner, "_loop_thread", None) for _, runner in LoopRunner._all_loops.values()]  # noqa: SLF001
+        threads.update(loop._thread for loop in loops if loop is not None)  # noqa: SLF001
+    return any(not thread.is_alive() for thread in threads)
+
+
 def _keep_processes() -> None:
     """Leave processes, folders and connections of the parent as they are when this process ends."""
     import weakref
@@ -106,3 +117,7 @@ def _keep_processes() -> None:
     for finalizer, call in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined] # noqa: SLF001
         if getattr(call.func, "__module__", "").partition(".")[0] == "distributed":
             finalizer.detach()
+
+
+if _has_dead_threads():
+    _reset_dask()

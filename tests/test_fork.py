@@ -315,6 +315,30 @@ def test_settings_of_the_parent_that_are_dead_do_not_bind_a_child(samples, tmp_p
                 assert in_child(function, samples, tmp_path)
 
 
+LATER = """
+import os, sys
+import dask, distributed
+if sys.argv[1] == "pool":
+    dask.compute(*[dask.delayed(abs)(n) for n in range(8)])
+else:
+    client = distributed.Client(processes=False, dashboard_address=None)
+child = os.fork()
+if child == 0:
+    import pipeline
+    plan = pipeline.plan_windows(pipeline.open_matrix(sys.argv[2]), [0, 700, 5], length=16)
+    os._exit(pipeline.gather(plan)[:, 0, 0].tolist() != [1, 14_001, 101])
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("threads", ["pool", "client"])
+def test_a_child_that_imports_the_package_after_the_fork_works(samples, tmp_path, threads):
+    """What its parent had of Dask is known by threads that are not there."""
+    command = [sys.executable, "-W", "ignore", "-c", LATER, threads, str(samples / "A.zarr")]
+    done = subprocess.run(command, cwd=tmp_path, timeout=SECONDS, check=False)
+    assert done.returncode == 0
+
+
 @pytest.mark.s3
 def test_object_stores_are_refused_where_their_threads_are_the_parents(samples, tmp_path, bucket):
     url = f"{bucket.url}/A.zarr"
