@@ -40,6 +40,7 @@ from pipeline.options import (
     tellers,
 )
 from pipeline.pages import Verbs, answer_shell, complete_files
+from pipeline.redaction import scrub
 from pipeline.signals import Guard, Terminated
 from pipeline.sizes import count_of
 from pipeline.wording import (
@@ -134,8 +135,8 @@ def _say(error: BaseException) -> None:
     """Say one line of a failure."""
     code, text = _explain(error)
     if "--debug" in sys.argv:
-        traceback.print_exception(error)
-    text = " ".join(text.split())
+        sys.stderr.write(scrub("".join(traceback.format_exception(error))))
+    text = " ".join(scrub(text).split())
     if "--json" in sys.argv:
         with contextlib.suppress(OSError):
             click.echo(json.dumps(getattr(error, "numbers", {}) | {"error": text, "exit_code": code}))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
+from typing import override
+
+from pipeline.redaction import scrub
 
 _BREAKS = re.compile(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 """What ends a line to `str.splitlines`."""
@@ -21,6 +24,15 @@ class PipelineError(Exception):
     """Exit code of the command line."""
     passing = False
     """Whether a task that raised it may succeed a while later: what a network, or a server that is busy, has caused."""
+
+    def __init__(self, *args: object) -> None:
+        # Whoever prints it, logs it or sends it on tells no password that a URL had.
+        super().__init__(*(scrub(each) if isinstance(each, str) else each for each in args))
+
+    @override
+    def add_note(self, note: str, /) -> None:
+        """See `BaseException.add_note`."""
+        super().add_note(scrub(note))
 
     def __str__(self) -> str:
         # A name may have line breaks.

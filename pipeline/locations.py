@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.arguments import check_mapping, check_path
 from pipeline.errors import InputError, OpenError, PipelineError
+from pipeline.redaction import scrub
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,8 +37,6 @@ BUCKETS = {
 """Schemes of object stores, and how obstore spells them."""
 WEB = ("http", "https")
 MEMORY = "memory"
-_SECRETS = re.compile(r"(?<=://)[^/@\s\"']+@|\?[^\s\"',)}>]+")
-"""In a text with URLs: who asks, and queries, which may be signatures."""
 _FINAL = re.compile(r"\b4(?!08|29)\d\d [A-Z]|^no credentials|package|not (implemented|supported)", re.IGNORECASE)
 """Of what a store says: answers that stay the same."""
 _SAID = 300
@@ -138,6 +137,9 @@ def locate(name: str | os.PathLike[str] | Url, options: Mapping[str, Any] | None
 
 def _parse(scheme: str, rest: str, options: dict[str, Any]) -> Url:
     _check_scheme(scheme)
+    if scheme in WEB:
+        # What is never sent names nothing.
+        rest = rest.partition("#")[0]
     rest, _, query = rest.partition("?")
     host, _, path = rest.partition("/")
     user, _, host = host.rpartition("@")
@@ -225,18 +227,13 @@ def store_error(rule: str, name: str, error: Exception) -> PipelineError:
 def is_store_failure(error: BaseException) -> bool:
     """Tell what a store raises, when it cannot be read, from what a codec does."""
     package = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | TimeoutError) or package in {"obstore", "aiohttp", "botocore", "requests"}
-
-
-def scrub(text: str) -> str:
-    """Take users, passwords and queries out of the URLs in a text.
-
-    Examples
-    --------
-    >>> scrub("cannot read https://me:secret@example.org/A?signature=abc at all")
-    'cannot read https://example.org/A at all'
-    """
-    return _SECRETS.sub("", text)
+    return isinstance(error, OSError | TimeoutError) or package in {
+        "obstore",
+        "aiohttp",
+        "botocore",
+        "requests",
+        "urllib3",
+    }
 
 
 def name_store(store: Any) -> str:

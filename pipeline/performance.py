@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.capacity import active_client
 from pipeline.errors import InputError, OpenError, OutputExistsError
 from pipeline.filesystem import may_write, move_file, pinned
+from pipeline.redaction import scrub
 from pipeline.staging import check_apart
 from pipeline.trust import check_own, read_document
 
@@ -26,7 +27,6 @@ _MARK = '<meta name="generator" content="random-windows">'
 _MARK_WITHIN = 1024
 _REMOTE = re.compile(r'\s*<link\b[^>]*\bhref="(?:https?:)?//[^>]*>')
 """What Dask's page would load from the network: its icon."""
-_SECRET = re.compile(r"(?<=://)[^/@\s]+@")
 _SECONDS = 120
 """How long the scheduler may take for it; 20,000 tasks take it a second, and 5 MB."""
 _FAILED_SECONDS = 5
@@ -106,7 +106,7 @@ def _save(client: Any, place: Path, path: Path, begin: float, count: int, *, sec
             client.scheduler.performance_report,
             start=begin,
             last_count=count,
-            code=html.escape(_SECRET.sub("", " ".join(["pipeline", *sys.argv[1:]]))),
+            code=html.escape(scrub(" ".join(["pipeline", *sys.argv[1:]]))),
             mode="inline",
             callback_timeout=seconds,
         )
@@ -130,7 +130,7 @@ def _put(page: str, place: Path) -> None:
 
 
 def _complain(path: Path, error: Exception) -> None:
-    words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    words = " ".join(scrub(f"{type(error).__name__}: {error}").split())[:300]
     sys.stderr.write(f"no performance report in {path}: {words}\n")
 
 

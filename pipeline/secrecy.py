@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipeline.redaction import scrub
+
 HIDDEN = "(not shown)"
 
 _WORDS = (
@@ -40,4 +42,6 @@ def without_secrets(name: str, value: Any) -> Any:
         return {key: without_secrets(named.get(key, str(key)), each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(name, each) for each in value]
-    return HIDDEN if is_secret(name, value) else value
+    if is_secret(name, value):
+        return HIDDEN
+    return scrub(value) if isinstance(value, str) else value

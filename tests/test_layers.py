@@ -62,6 +62,7 @@ LAYERS = [
     "arguments trust",
     "filesystem",
     "errors exits forking formats pages signals sizes zarrconfig",
+    "redaction",
 ]
 """From the top of the flow to its bottom: a module imports those of lower lines only."""
 
