@@ -37,6 +37,8 @@ type Content = bytes | NDArray[np.uint8]
 
 _AT_ONCE = 32
 """Small requests of one call that are in flight at once."""
+_DOCUMENT_NBYTES = 256 * 2**20
+"""Of a small object that is read whole: metadata with the checksums of a million files are smaller."""
 _PART_NBYTES = 4 * 2**20
 _ATTEMPTS = 3
 """Of a put under a condition: a store's library does not repeat one of which it has heard nothing."""
@@ -161,7 +163,9 @@ class UrlBucket:
         """See `Bucket.list_keys`."""
 
         async def collect() -> dict[str, Held]:
-            return {each["path"]: _held(each) async for each in list_told(self.store, prefix)}
+            # What a server tells of other keys is not to be trusted.
+            told = list_told(self.store, prefix)
+            return {each["path"]: _held(each) async for each in told if each["path"].startswith(prefix)}
 
         return self._call(collect())
 
@@ -182,6 +186,11 @@ class UrlBucket:
         async def one(key: str) -> tuple[bytes, Held] | None:
             try:
                 got = await obstore.get_async(self.store.store, key)
+                if got.meta["size"] > _DOCUMENT_NBYTES:
+                    raise OpenError(
+                        f"{self.url}/{key} has {got.meta['size']:,} bytes, which is no document of ours; remove it, "
+                        f"or choose another name"
+                    )
                 return bytes(await got.bytes_async()), _held(got.meta)
             except FileNotFoundError as error:
                 _check_bucket(error)
@@ -289,7 +298,7 @@ class UrlBucket:
     def _call[T](self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
             return run(coroutine)
-        except TakenError:
+        except (TakenError, OpenError):
             raise
         except FileNotFoundError as error:
             raise NotFoundError(

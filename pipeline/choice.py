@@ -19,6 +19,7 @@ from pipeline.jobs import job_kwargs
 from pipeline.local import local_kwargs
 from pipeline.services import service_kwargs, starts_workers
 from pipeline.ssh import ssh_kwargs
+from pipeline.trust import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,7 +142,7 @@ def _read_address(path: Path) -> str:
     torn = begin + _TORN_SECONDS
     while True:
         try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["address"])
+            return str(json.loads(read_document(path, follow=True))["address"])
         except FileNotFoundError:
             if time.monotonic() > begin + _FILE_SECONDS:
                 raise OpenError(

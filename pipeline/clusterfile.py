@@ -13,6 +13,7 @@ import yaml
 from pipeline.deployments import check_keys, load_class, name_class
 from pipeline.errors import InputError, NotFoundError, OpenError, PipelineError
 from pipeline.implicit import check_content, check_owner
+from pipeline.trust import read_document
 
 if TYPE_CHECKING:
     import os
@@ -171,7 +172,7 @@ class _MergeKeyError(Exception):
 
 def _parse(path: Path) -> dict[Any, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_document(path, follow=True).decode()
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.TagToken | yaml.AliasToken):
                 line = token.start_mark.line + 1
@@ -261,7 +262,7 @@ def key_lines(path: str | Path) -> dict[tuple[str, ...], int]:
                 found[name] = key.start_mark.line + 1
                 visit(value, name)
 
-    root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    root = yaml.compose(read_document(Path(path), follow=True).decode(), Loader=yaml.SafeLoader)
     if root is not None:
         visit(root, ())
     return found

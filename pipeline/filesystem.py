@@ -9,9 +9,10 @@ import errno
 import os
 import re
 import shutil
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,6 +129,26 @@ def name_plainly(error: OSError, path: Path, name: Path) -> None:
         text = str(getattr(error, attribute) or "")
         if path != name and text.startswith(f"{path}/"):
             setattr(error, attribute, f"{name}{text.removeprefix(str(path))}")
+
+
+def open_regular(path: Path, *, follow: bool = True, buffering: int = -1) -> Any:
+    """Open a file for reading in binary; OSError at once for a pipe, whose writer would be waited for, and a device.
+
+    Parameters
+    ----------
+    follow
+        Whether its name may be a link.
+    buffering
+        As of `open`.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(fd, "rb", buffering)
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
 
 
 def write_document(path: Path, content: bytes) -> None:

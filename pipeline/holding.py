@@ -23,11 +23,9 @@ import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from pipeline.errors import OutputExistsError
 from pipeline.filesystem import is_refused, note_refusal, pin, remove_empty, write_document
-from pipeline.trust import check_own, plain_words, read_document
+from pipeline.trust import check_own, decode, plain_words, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -322,12 +320,11 @@ def _is_alive(path: Path, *, wait: Callable[[float], object] = time.sleep) -> bo
 def _read(path: Path) -> dict[str, Any] | None:
     """What a file says of a run; None where it is not there, nothing where it cannot be read now."""
     try:
-        found = msgspec.json.decode(read_document(path), type=dict[str, str | int])
+        return decode(read_document(path), dict[str, str | int])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
-    return dict(found)
 
 
 def _say(who: dict[str, Any] | None) -> str:

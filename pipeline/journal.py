@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 import numpy as np
 
 from pipeline.filesystem import flush, move_file
 from pipeline.record import FileRecord
-from pipeline.trust import is_key, read_document
+from pipeline.trust import Natural, Positive, decode, is_key, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,22 +23,21 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-_Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _Header(msgspec.Struct):
     """First line of a journal."""
 
     version: int
-    cut: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    cut: Positive
     request: dict[str, str]
 
 
 class _Entry(msgspec.Struct):
     """Every other line: a task, and key, size and crc32 of each file that it wrote."""
 
-    task: _Natural
-    files: list[tuple[str, _Natural, _Natural]]
+    task: Natural
+    files: list[tuple[str, Natural, Natural]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +94,16 @@ class Journal:
         """Read a journal as far as it is whole; None where not even its first line is."""
         try:
             first, *lines = read_document(path).split(b"\n")[:-1]
-            header = msgspec.json.decode(first, type=_Header)
-        except (OSError, ValueError, RecursionError):
+            header = decode(first, _Header)
+        except (OSError, ValueError):
             return None
         if header.version != _VERSION:
             return None
         done: dict[int, tuple[FileRecord, ...]] = {}
         for line in lines:
             try:
-                entry = msgspec.json.decode(line, type=_Entry)
-            except (ValueError, RecursionError):
+                entry = decode(line, _Entry)
+            except ValueError:
                 # Cut off by a crash: what follows was never said to be done.
                 break
             if not all(not key or is_key(key) for key, _, _ in entry.files):

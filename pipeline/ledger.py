@@ -8,66 +8,74 @@ import platform
 import re
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from pipeline.buckets import TakenError, put_once
 from pipeline.errors import OpenError, OutputExistsError
+from pipeline.notice import Making  # noqa: TC001 (msgspec reads annotations)
 from pipeline.record import FileRecord
+from pipeline.trust import Key, Natural, Positive, decode, plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pipeline.buckets import Bucket, Held
 
-_VERSION = 1
-_OURS = re.compile(r"request\.json|probe-[0-9a-f]{8}|done-[0-9a-f]{8}/\d+\.json|output-[0-9a-f]{8}/.+")
+_MARK = re.compile(r"(0|[1-9][0-9]{0,17})\.json")
+_OURS = re.compile(r"request\.json|probe-[0-9a-f]{8}|done-[0-9a-f]{8}/[0-9]+\.json|output-[0-9a-f]{8}/.+")
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which run makes an output. The next one puts its own in its place, and this one ends as soon as it sees that."""
 
     facts: dict[str, str]
     """Of its request."""
-    cut: int
+    cut: Positive
     """Units of a task; those of the earlier run, where it goes on with what that has finished."""
     staged: bool
     """Its objects lie below the ledger; otherwise at their final keys."""
-    making: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    making: Making = msgspec.field(default_factory=lambda: uuid.uuid4().hex[:8])
     """Name of what is made; runs that go on with it keep it."""
     beside: bool = False
     """Objects of a run of another request lie at the final keys, unfinished."""
-    arrays: list[str] = field(default_factory=list)
+    arrays: list[Key] = []
     """Names of arrays of its own that it, or what lies beside, has at the final keys."""
-    run: str = field(default_factory=lambda: uuid.uuid4().hex)
-    holder: dict[str, Any] = field(default_factory=dict)
+    run: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
+    holder: dict[str, str | int] = {}
     """Who it is, for the message of another."""
+    version: Literal[1] = 1
 
     def encode(self) -> bytes:
         """Turn into the bytes of an object."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = self.holder or {"process": os.getpid(), "host": platform.node(), "since": now}
-        return json.dumps({"version": _VERSION} | asdict(self) | {"holder": holder}, indent=1).encode()
+        return json.dumps(msgspec.structs.asdict(self) | {"holder": holder}, indent=1).encode()
 
     @classmethod
     def parse(cls, content: bytes) -> Claim | None:
         """Read such bytes; None where they are none of ours."""
-        try:
-            document = json.loads(content)
-            if document.pop("version") != _VERSION:
-                return None
-            claim = cls(**document)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-        sound = isinstance(claim.facts, dict) and isinstance(claim.cut, int) and claim.cut > 0
-        sound = sound and isinstance(claim.arrays, list) and all(isinstance(each, str) for each in claim.arrays)
-        return claim if sound and isinstance(claim.making, str) and isinstance(claim.holder, dict) else None
+        with suppress(ValueError):
+            return decode(content, cls)
+        return None
+
+    def again(self) -> Claim:
+        """Return the claim of another run that goes on with what this one has begun."""
+        return msgspec.structs.replace(self, holder={}, run=uuid.uuid4().hex)
 
     @property
     def who(self) -> str:
         """Words for its holder."""
-        return ", ".join(f"{key} {value}" for key, value in self.holder.items()) or "unknown"
+        return plain_words(", ".join(f"{key} {value}" for key, value in self.holder.items()))[:200] or "unknown"
+
+
+class _Entry(msgspec.Struct):
+    """What a finished task has put: key, size, crc32 and tag of each object."""
+
+    files: list[tuple[Key, Natural, Natural, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +145,23 @@ class Ledger:
 
     def count(self, making: str) -> int:
         """Count the tasks that are finished."""
-        return len(self.bucket.list_keys(self._done(making)))
+        return len(self._marks(making))
 
     def finished(self, making: str) -> dict[int, tuple[FileRecord, ...]]:
         """Tasks that are finished, by number, and what each put: a request for each."""
-        keys = sorted(self.bucket.list_keys(self._done(making)))
+        keys = self._marks(making)
         done = {}
-        for key, found in zip(keys, self.bucket.get(keys), strict=True):
-            try:
-                number = int(key.removeprefix(self._done(making)).removesuffix(".json"))
-                entry = json.loads(found[0]) if found is not None else {}
-                done[number] = tuple(FileRecord(str(k), int(n), int(c), str(t)) for k, n, c, t in entry["files"])
-            except (ValueError, KeyError, TypeError):
-                continue
+        for (number, _), found in zip(keys.items(), self.bucket.get([*keys.values()]), strict=True):
+            with suppress(ValueError):
+                entry = decode(b"" if found is None else found[0], _Entry)
+                done[number] = tuple(FileRecord(*file) for file in entry.files)
         return done
+
+    def _marks(self, making: str) -> dict[int, str]:
+        """Keys of what says that a task is finished, by its number."""
+        listed = self.bucket.list_keys(self._done(making))
+        found = ((_MARK.fullmatch(key.removeprefix(self._done(making))), key) for key in sorted(listed))
+        return {int(match[1]): key for match, key in found if match}
 
     def forget(self, making: str) -> None:
         """Delete what late tasks of a run that has ended have put, where nobody goes on with it."""

@@ -7,11 +7,13 @@ import hashlib
 import json
 import uuid
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+
+import msgspec
 
 from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
 from pipeline.filesystem import flush, link_file
-from pipeline.trust import is_key, plain_words
+from pipeline.trust import Natural, Positive, decode, is_key, plain_words, read_document
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +29,14 @@ class Checksums(NamedTuple):
     nbytes: int
     crc32: tuple[int, ...]
     """Of each range."""
+
+
+class _Document(msgspec.Struct):
+    """What a manifest says beside its version and digest."""
+
+    target: str
+    range_nbytes: Positive
+    files: dict[str, tuple[Natural, list[Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{1,8}\Z")]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,32 +61,33 @@ class Manifest:
             If it is not what was written.
         """
         try:
-            document = json.loads(path.read_bytes())
+            content = read_document(path, follow=True)
+            document = decode(content, dict[str, Any])
             version, digest = document.pop("version"), document.pop("digest", None)
         except FileNotFoundError as error:
             raise NotFoundError(f"a manifest is there; nothing is at {path}; check the path") from error
         except OSError as error:
             raise OpenError(f"a manifest can be read; {path}: {error.strerror}; check it") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError) as error:
             raise OpenError(f"a manifest is what --write-manifest wrote; {path} is not; name another") from error
         if digest != _digest({"version": version, **document}):
             raise IntegrityError(f"a manifest is as it was written; {path} does not match its digest; restore it")
         if version != _VERSION:
             raise OpenError(f"a manifest has version {_VERSION}; {path} has {version!r}; write it anew")
         try:
-            files = {
-                key: Checksums(int(nbytes), tuple(int(each, 16) for each in crc32))
-                for key, (nbytes, crc32) in document["files"].items()
-            }
-            manifest = cls(str(document["target"]), files, int(document["range_nbytes"]))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            known = msgspec.convert(document, _Document)
+        except ValueError as error:
             raise OpenError(f"a manifest names sizes and checksums; {path} does not; write it anew") from error
-        if wrong := [key for key in files if not is_key(key)]:
+        if wrong := [key for key in known.files if not is_key(key)]:
             raise OpenError(f"{path} names a file outside its target: {plain_words(wrong[0])[:80]}; write it anew")
-        step = manifest.range_nbytes
-        if step < 1 or any(len(each.crc32) != -(-each.nbytes // step) for each in files.values()):
+        step = known.range_nbytes
+        if any(len(crc32) != -(-nbytes // step) for nbytes, crc32 in known.files.values()):
             raise OpenError(f"a manifest has a checksum for each range; {path} has not; write it anew")
-        return manifest
+        files = {
+            key: Checksums(nbytes, tuple(int(each, 16) for each in crc32))
+            for key, (nbytes, crc32) in known.files.items()
+        }
+        return cls(known.target, files, step)
 
     def write(self, path: Path) -> None:
         """Write it beside its name, flushed, then in place; OutputExistsError where something is there already."""

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from typing import Annotated
+
+import msgspec
 
 from pipeline.record import ATTRIBUTE
+from pipeline.trust import decode
 
 _KEY = "replaced by"
 """Beneath `ATTRIBUTE`: what takes the place of the output."""
+type Making = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{8}\Z")]
+"""Name of an output while it is made."""
+
+
+class _Ours(msgspec.Struct):
+    making: Making = msgspec.field(name=_KEY)
+
+
+class _Attributes(msgspec.Struct):
+    ours: _Ours = msgspec.field(name=ATTRIBUTE)
+
+
+class _Notice(msgspec.Struct):
+    attributes: _Attributes
 
 
 def say_notice(making: str) -> bytes:
@@ -25,7 +43,7 @@ def say_notice(making: str) -> bytes:
 
 def read_notice(document: bytes) -> str:
     """What a notice names; empty where a document is none."""
-    with suppress(ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        making = str(json.loads(document)["attributes"][ATTRIBUTE][_KEY])
+    with suppress(ValueError):
+        making = decode(document, _Notice).attributes.ours.making
         return making if document == say_notice(making) else ""
     return ""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.errors import DiskSpaceError
-from pipeline.filesystem import flush, is_refused, reserve, sync_path
+from pipeline.filesystem import flush, is_refused, open_regular, reserve, sync_path
 from pipeline.sharing import FileArray
 from pipeline.sizes import format_size
 
@@ -113,7 +113,7 @@ def is_whole_npy(path: Path) -> bool:
 
 def _read_header(path: Path) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
     """Where the data of an `.npy` of ours begin, their shape and dtype; ValueError where its header is none."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         return file.tell(), shape, dtype
@@ -140,8 +140,8 @@ def read_mark(path: Path) -> str | None:
     >>> read_mark(path)[:4]
     '0123'
     """
-    with path.open("rb") as file:
-        head = file.read(_HEADER_NBYTES)
+    with open_regular(path) as file:
+        head: bytes = file.read(_HEADER_NBYTES)
     if not head.startswith(_MAGIC):
         return None
     (length,) = struct.unpack_from("<H", head, len(_MAGIC))

@@ -42,7 +42,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -283,8 +282,7 @@ class BucketOutput:
         if record is None:
             return False
         listed = self.bucket.list_keys(self.root)
-        tags = record.ours.get("tags", {})
-        files = [each._replace(tag=tags.get(each.key, "")) for each in record.files.values()]
+        files = [each._replace(tag=record.tags.get(each.key, "")) for each in record.files.values()]
         wrong = [each.key for each in _find_changed(self.bucket, self.root, files, listed)]
         if wrong or not record.whole:
             raise IntegrityError(
@@ -342,14 +340,14 @@ class BucketOutput:
             )
         if earlier is not None and not differs and (earlier.staged or standing.held is None):
             # Also by a run that begins anew: an earlier one that does not know yet that it has ended puts the same.
-            claim = replace(earlier, holder={}, run=uuid.uuid4().hex)
+            claim = earlier.again()
         else:
             # Another request's objects at the final keys may become a finished output until OUT is ours by its key.
             beside = earlier is not None and standing.held is None and (earlier.beside or not earlier.staged)
-            claim = Claim(request.facts, cut, staged=found is not None or standing.held is not None, beside=beside)
+            staged = found is not None or standing.held is not None
             # Objects of the earlier run may lie at the final keys still.
             arrays = {*json.loads(request.facts.get("arrays", "[]")), *([] if earlier is None else earlier.arrays)}
-            claim = replace(claim, arrays=sorted(arrays))
+            claim = Claim(request.facts, cut, staged=staged, beside=beside, arrays=sorted(arrays))
         self.ledger.take(claim, held)
         if not claim.staged and self.look() != standing:
             if found is None:

@@ -8,13 +8,14 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError
-from pipeline.filesystem import flush, is_ghost, move_file
-from pipeline.trust import is_key, plain_words
+from pipeline.filesystem import flush, is_ghost, move_file, open_regular
+from pipeline.trust import Natural, is_key, plain_words, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -63,13 +64,22 @@ class Record:
     """Every file but the metadata of the root, by key."""
     whole: bool
     """The metadata of the root are those that were sealed."""
+    tags: dict[str, str]
+    """What an object store calls the files, by key."""
+
+
+class _Ours(msgspec.Struct):
+    """What is used of our attributes."""
+
+    files: dict[str, tuple[Natural, Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{1,8}\Z")]]]
+    tags: dict[str, str] = {}
 
 
 def record_file(root: Path, key: str, *, extend: Callable[[int, Any], int] = extend_crc32) -> FileRecord:
     """Read a file below `root`, and tell what it holds now, by another checksum if wanted; OSError as it comes."""
     checksum = nbytes = 0
     buffer = np.empty(_STEP_NBYTES, np.uint8)
-    with (root / key).open("rb", buffering=0) as file:
+    with open_regular(root / key, buffering=0) as file:
         while got := file.readinto(buffer):
             checksum = extend(checksum, buffer[:got])
             nbytes += got
@@ -140,7 +150,7 @@ def seal_document(document: bytes, files: Iterable[FileRecord], ours: dict[str, 
 def read_record(root: Path) -> Record | None:
     """Return what the output in a folder says of itself; see `parse_record`."""
     try:
-        document = (root / METADATA).read_bytes()
+        document = read_document(root / METADATA, follow=True)
     except OSError as error:
         raise OpenError(f"an output has metadata; {root / METADATA}: {error.strerror}; restore it") from error
     return parse_record(document, str(root / METADATA))
@@ -168,13 +178,14 @@ def parse_record(document: bytes, name: str) -> Record | None:
     if not isinstance(ours, dict) or not isinstance(ours.get("files"), dict):
         return None
     try:
-        files = {key: FileRecord(key, int(size), int(crc, 16)) for key, (size, crc) in ours["files"].items()}
-    except (ValueError, TypeError, OverflowError) as error:
+        checked = msgspec.convert(ours, _Ours)
+        files = {key: FileRecord(key, nbytes, int(crc, 16)) for key, (nbytes, crc) in checked.files.items()}
+    except ValueError as error:
         raise OpenError(f"a record names sizes and checksums; that in {name} does not; restore it") from error
     if wrong := [key for key in files if not is_key(key)]:
         raise OpenError(f"{name} names a file outside its output: {plain_words(wrong[0])[:80]}; restore it")
     digest = ours.pop("digest", None)
-    return Record(ours, files, digest == _digest(parsed))
+    return Record(ours, files, digest == _digest(parsed), checked.tags)
 
 
 def list_files(root: Path) -> Iterator[tuple[str, int]]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import InputError, NotFoundError, OpenError
+from pipeline.filesystem import open_regular
+from pipeline.trust import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,7 +86,7 @@ def load_intervals(path: str | Path) -> RowFile:
 
 def _load_npy(path: Path) -> NDArray[Any]:
     """Load an `.npy`; `numpy.load` would allocate whatever the header of a file says that was cut."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
@@ -103,7 +105,7 @@ def _load(path: str | Path, what: str, form: str) -> RowFile:
         elif path.suffix == ".npy":
             return RowFile(name, _load_npy(path), None)
         else:
-            text = path.read_text(encoding="utf-8")
+            text = read_document(path, follow=True).decode()
     except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OpenError(

@@ -19,6 +19,7 @@ from pipeline.fetching import concurrency, gather, in_order
 from pipeline.filesystem import advise
 from pipeline.keys import list_keys
 from pipeline.locations import name_store, plain, store_error
+from pipeline.trust import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -102,7 +103,7 @@ class Folder:
         if not path.is_file():
             raise OpenError(f"metadata are a file; {path} is none; restore it")
         try:
-            return path.read_bytes()
+            return read_document(path, follow=True)
         except OSError as error:
             raise OpenError(f"an output has metadata; {path}: {error.strerror}; restore it") from error
 

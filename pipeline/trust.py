@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 
 from pipeline.errors import OutputExistsError
-from pipeline.filesystem import is_pin
+from pipeline.filesystem import is_pin, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DOCUMENT_NBYTES = 2**30
 """Bytes of a document that are read at most: some ten million tasks are noted in them."""
-_KEY = re.compile(r"(?!/)(?:(?!\.{1,2}(?:/|$))[^/\x00-\x1f\x7f]+(?:/(?=[^/]))?)+")
+_KEY = r"(?!/)(?:(?!\.{1,2}(?:/|$))[^/\x00-\x1f\x7f]+(?:/(?=[^/]))?)+"
+type Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+type Positive = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+type Key = Annotated[str, msgspec.Meta(pattern=rf"\A{_KEY}\Z", max_length=4096)]
+"""See `is_key`."""
 
 
 def find_stranger(status: os.stat_result) -> str | None:
@@ -82,7 +89,7 @@ def is_key(text: object) -> bool:
     >>> [is_key(text) for text in ("c/0/0", "zarr.json", "../a", "/etc/a", "a//b", "a/..", "a\nb", "", "a/")]
     [True, True, False, False, False, False, False, False, False]
     """
-    return isinstance(text, str) and _KEY.fullmatch(text) is not None
+    return isinstance(text, str) and re.fullmatch(_KEY, text) is not None
 
 
 def plain_words(text: str) -> str:
@@ -96,14 +103,23 @@ def plain_words(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def read_document(path: Path) -> bytes:
-    """Read a small file that lies beside an output; OSError for a link, what is no file, and what is too large."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > DOCUMENT_NBYTES:
-            raise OSError(f"{path} is not a file of at most {DOCUMENT_NBYTES:,} bytes")
-        return file.read(DOCUMENT_NBYTES)
+def read_document(path: Path, *, follow: bool = False) -> bytes:
+    """Read a small file; OSError for what is no file or too large, and for a link, unless it may be one."""
+    with open_regular(path, follow=follow) as file:
+        if os.fstat(file.fileno()).st_size > DOCUMENT_NBYTES:
+            raise OSError(errno.EFBIG, f"has more than {DOCUMENT_NBYTES:,} bytes", str(path))
+        content: bytes = file.read(DOCUMENT_NBYTES)
+    return content
+
+
+def decode[T](content: bytes, kind: type[T]) -> T:
+    """Parse a JSON document that others may have written by a strict schema; ValueError for any other."""
+    if len(content) > DOCUMENT_NBYTES:
+        raise ValueError(f"more than {DOCUMENT_NBYTES:,} bytes")
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def check_own(root: Path, *, deep: bool, published: bool = False, name: Path | None = None) -> None:

@@ -80,7 +80,7 @@ OUTSIDE = {
     "h5py": "bench filters hdf5 references",
     "hdf5plugin": "filters",
     "matplotlib": "bench groupplan plan plots report",
-    "msgspec": "clusterfile holding journal settings",
+    "msgspec": "clusterfile journal ledger manifest notice record settings trust",
     "numcodecs": "bench decoders filters",
     "obstore": "buckets keys storage stores",
     "tensorstore": "bench",
