@@ -40,7 +40,7 @@ from pipeline.options import (
     tellers,
 )
 from pipeline.pages import Verbs, answer_shell, complete_files
-from pipeline.redaction import scrub
+from pipeline.redaction import plain_lines, scrub
 from pipeline.signals import Guard, Terminated
 from pipeline.sizes import count_of
 from pipeline.wording import (
@@ -135,13 +135,18 @@ def _say(error: BaseException) -> None:
     """Say one line of a failure."""
     code, text = _explain(error)
     if "--debug" in sys.argv:
-        sys.stderr.write(scrub("".join(traceback.format_exception(error))))
+        _print(scrub("".join(traceback.format_exception(error))).rstrip("\n"), err=True)
     text = " ".join(scrub(text).split())
     if "--json" in sys.argv:
         with contextlib.suppress(OSError):
-            click.echo(json.dumps(getattr(error, "numbers", {}) | {"error": text, "exit_code": code}))
+            _print(json.dumps(getattr(error, "numbers", {}) | {"error": text, "exit_code": code}))
     with contextlib.suppress(OSError):
-        click.echo(f"error: {text}", err=True)
+        _print(f"error: {text}", err=True)
+
+
+def _print(text: str, *, err: bool = False) -> None:
+    """Print lines as they are to be read: names in them are those of files, arrays and hosts of others."""
+    click.echo(plain_lines(text), err=err)
 
 
 def _occupy_descriptors() -> None:
@@ -462,7 +467,7 @@ def verify(
         return
     if not as_json:
         for line in say_problems(problems):
-            click.echo(line)
+            _print(line)
     wrong = f"{numbers['wrong_files']:,} of {count_of(numbers['files'], 'file')} are wrong"
     raise _WrongError(f"stored bytes are what was written; those of {target} are not; {wrong}", numbers)
 
@@ -492,7 +497,7 @@ def demo(
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
-        say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
+        say = (lambda _: None) if quiet else functools.partial(_print, err=True)
         stack.enter_context(_connected(where, quiet=quiet, verbose=verbose))
         facts, numbers = run_demo(Path(folder), say, progress=False if quiet else progress)
     _report(facts, numbers, as_json=as_json, quiet=quiet)
@@ -534,10 +539,10 @@ def bench(directory: str | None, *, plot: str | None, as_json: bool, quiet: bool
         settings.pop(name)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
-        say = (lambda _: None) if quiet else functools.partial(click.echo, err=True)
+        say = (lambda _: None) if quiet else functools.partial(_print, err=True)
         words, numbers = run_bench(Path(folder), plot=None if plot is None else Path(plot), say=say, **settings)
     if as_json or not quiet:
-        click.echo(json.dumps(numbers) if as_json else words)
+        _print(json.dumps(numbers) if as_json else words)
 
 
 @cli.command()
@@ -623,6 +628,6 @@ def _shown(unit: str, *, quiet: bool, progress: bool | None) -> Iterator[Watch]:
 def _report(facts: dict[str, str], numbers: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
     """Print what a verb found: one JSON object, or words in two columns unless all is to be quiet."""
     if as_json:
-        click.echo(json.dumps(numbers))
+        _print(json.dumps(numbers))
     elif not quiet:
-        click.echo(align_facts(facts))
+        _print(align_facts(facts))

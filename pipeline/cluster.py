@@ -28,6 +28,7 @@ from pipeline.jobs import count_processes, start_jobs
 from pipeline.launch import launch, open_workers
 from pipeline.local import start_local
 from pipeline.nannies import watch_exits
+from pipeline.redaction import plain_words
 from pipeline.security import Encryption, check_address, warn_of_plain
 from pipeline.sizes import count_of
 from pipeline.ssh import START_SECONDS, start_ssh
@@ -165,14 +166,14 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Connection:
             check_address(address, insecure=choice.insecure)
             client = _reach(address)
             if warning := warn_of_plain(address, insecure=choice.insecure):
-                sys.stderr.write(f"{warning}\n")
+                sys.stderr.write(f"{plain_words(warning)}\n")
         stack.callback(_close, client)
         with _while_awaited():
             if address is None:
                 _prepare_nodes(client, guarded=not choice.insecure and deployment.encryption is not Encryption.SERVICE)
             stack.enter_context(right_links(client))
             for line in say_dashboard(client, None if choice.origin == NO_FILE else choice.origin):
-                sys.stderr.write(f"{line}\n")
+                sys.stderr.write(f"{plain_words(line)}\n")
         await_worker(client)
         return Connection(client, stack.pop_all())
 

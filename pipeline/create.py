@@ -20,7 +20,7 @@ from pipeline.encoding import slab_nbytes
 from pipeline.errors import InputError
 from pipeline.filesystem import say_refusals
 from pipeline.journal import Request
-from pipeline.markup import html_table
+from pipeline.markup import html_table, text_line
 from pipeline.matrix import Matrix, open_single
 from pipeline.memory import budget, parse_size
 from pipeline.outputs import find_output
@@ -214,7 +214,7 @@ class Creation:
         }
 
     def __repr__(self) -> str:
-        return f"Creation({str(self.dest)!r}: " + "; ".join(f"{k} {v}" for k, v in self.facts().items()) + ")"
+        return text_line(f"Creation({str(self.dest)!r})", self.facts())
 
     def _repr_html_(self) -> str:
         return html_table(f"Creation of {self.dest}", self.facts())

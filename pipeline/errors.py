@@ -6,10 +6,8 @@ import errno
 import re
 from typing import override
 
-from pipeline.redaction import scrub
+from pipeline.redaction import plain_words, scrub
 
-_BREAKS = re.compile(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
-"""What ends a line to `str.splitlines`."""
 _SHORTAGE = re.compile(r"failed to map segment|cannot allocate memory|can't start new thread", re.IGNORECASE)
 """What the system's loader and threads say where there is no more memory, or no more address space."""
 
@@ -35,8 +33,8 @@ class PipelineError(Exception):
         super().add_note(scrub(note))
 
     def __str__(self) -> str:
-        # A name may have line breaks.
-        return _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
+        # A name may have line breaks, and what a terminal obeys.
+        return plain_words(super().__str__())
 
     def __reduce__(self) -> tuple[object, ...]:
         # As every exception, but said here: otherwise tblib, by which Dask sends them, fails on a MemoryError of ours.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from pipeline.arguments import show
 from pipeline.errors import InputError
-from pipeline.markup import html_table
+from pipeline.markup import html_table, text_table
 from pipeline.matrices import MatrixGroup
 from pipeline.matrix import Matrix
 from pipeline.plan import Cost, Plan, cost_bars, order_starts, plan_single, say_crossings
@@ -141,9 +141,7 @@ class GroupPlan:
         return next(iter(self.members.values()))
 
     def __repr__(self) -> str:
-        facts = self.facts()
-        width = max(map(len, facts))
-        return "GroupPlan\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in facts.items())
+        return text_table("GroupPlan", self.facts())
 
     def plot(self) -> list[Axes]:
         """Draw each member as `Plan.plot` does, in a figure of its own."""

@@ -18,7 +18,8 @@ from pipeline.buckets import TakenError, put_once
 from pipeline.errors import OpenError, OutputExistsError
 from pipeline.notice import Making  # noqa: TC001 (msgspec reads annotations)
 from pipeline.record import FileRecord
-from pipeline.trust import Key, Natural, Positive, decode, plain_words
+from pipeline.redaction import plain_words
+from pipeline.trust import Key, Natural, Positive, decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,7 +13,8 @@ import msgspec
 
 from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
 from pipeline.filesystem import flush, link_file
-from pipeline.trust import Natural, Positive, decode, is_key, plain_words, read_document
+from pipeline.redaction import plain_words
+from pipeline.trust import Natural, Positive, decode, is_key, read_document
 
 if TYPE_CHECKING:
     from pathlib import Path

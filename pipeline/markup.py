@@ -1,9 +1,11 @@
-"""HTML of what a notebook shows: facts in two columns, and bars; every text escaped, nothing loaded from elsewhere."""
+"""Facts as text, and as HTML of a notebook, with bars; every text escaped, nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
 import html
 from typing import TYPE_CHECKING
+
+from pipeline.redaction import plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,12 +44,12 @@ def html_table(title: str, facts: Mapping[str, str], bars: Mapping[str, Bar] | N
     bars = bars or {}
     longest = max((sum(bar.values()) for bar in bars.values()), default=0.0) or 1.0
     rows = [
-        _row(key, (_draw(bars[key], longest) if key in bars else "") + f"<span>{html.escape(value)}</span>")
+        _row(key, (_draw(bars[key], longest) if key in bars else "") + f"<span>{_escape(value)}</span>")
         for key, value in facts.items()
     ]
     return (
         "<div style='overflow-x:auto; max-width:70em; line-height:1.35'>"
-        f"<div style='font-weight:600; padding:2px 0 4px; overflow-wrap:anywhere'>{html.escape(title)}</div>"
+        f"<div style='font-weight:600; padding:2px 0 4px; overflow-wrap:anywhere'>{_escape(title)}</div>"
         "<table style='border-collapse:collapse; border:none; margin:0; font-size:0.92em; background:none'>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -59,7 +61,7 @@ def _row(key: str, cell: str) -> str:
     return (
         "<tr style='background:none; border-top:1px solid rgba(128,128,128,0.25)'>"
         f"<th scope='row' style='{style} 14px 1px 0; font-weight:normal; opacity:0.65; white-space:nowrap'>"
-        f"{html.escape(key)}</th><td style='{style} 0; overflow-wrap:anywhere'>{cell}</td></tr>"
+        f"{_escape(key)}</th><td style='{style} 0; overflow-wrap:anywhere'>{cell}</td></tr>"
     )
 
 
@@ -77,4 +79,36 @@ def _draw(bar: Bar, longest: float) -> str:
     return (
         f"<svg width='{_WIDTH}' height='{_HEIGHT}' aria-hidden='true' style='vertical-align:middle; "
         f"margin-right:10px'>{''.join(drawn)}</svg>"
+    )
+
+
+def _escape(text: str) -> str:
+    return html.escape(plain_words(text))
+
+
+def text_table(title: str, facts: dict[str, str]) -> str:
+    """Write facts in two columns below a title.
+
+    Examples
+    --------
+    >>> print(text_table("Report", {"rate": "9 MB/s", "seconds": "1.00"}))
+    Report
+      rate     9 MB/s
+      seconds  1.00
+    """
+    plain = {plain_words(key): plain_words(value) for key, value in facts.items()}
+    width = max(map(len, plain), default=0)
+    return "\n".join([title, *(f"  {key:<{width}}  {value}" for key, value in plain.items())])
+
+
+def text_line(title: str, facts: dict[str, str]) -> str:
+    """Write facts in one line behind a title.
+
+    Examples
+    --------
+    >>> text_line("Matrix('A.zarr')", {"dtype": "float64"})
+    "Matrix('A.zarr': dtype float64)"
+    """
+    return (
+        f"{title.removesuffix(')')}: " + plain_words("; ".join(f"{key} {value}" for key, value in facts.items())) + ")"
     )

@@ -13,7 +13,7 @@ from pipeline.arrays import refuse_group
 from pipeline.attributes import dimension_names
 from pipeline.errors import InputError, OpenError
 from pipeline.locations import Url, plain, store_error
-from pipeline.markup import html_table
+from pipeline.markup import html_table, text_line
 from pipeline.matrix import FoundGroup, Matrix, open_found, open_single
 from pipeline.record import ATTRIBUTE
 from pipeline.sizes import format_size
@@ -90,8 +90,7 @@ class MatrixGroup:
         return next(iter(self.members.values()))
 
     def __repr__(self) -> str:
-        facts = self.facts()
-        return f"MatrixGroup({self.path!r}: " + "; ".join(f"{key} {value}" for key, value in facts.items()) + ")"
+        return text_line(f"MatrixGroup({self.path!r})", self.facts())
 
     def _repr_html_(self) -> str:
         return html_table(f"MatrixGroup {self.path}", self.facts())

@@ -20,7 +20,7 @@ from pipeline.errors import InputError, OpenError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
 from pipeline.locations import Url, locate, name_store
-from pipeline.markup import html_table
+from pipeline.markup import html_table, text_line
 from pipeline.record import ATTRIBUTE
 from pipeline.sizes import count_of, format_size
 from pipeline.sources import (
@@ -149,8 +149,7 @@ class Matrix:
         return facts
 
     def __repr__(self) -> str:
-        facts = self.facts()
-        return f"Matrix({self.path!r}: " + "; ".join(f"{key} {value}" for key, value in facts.items()) + ")"
+        return text_line(f"Matrix({self.path!r})", self.facts())
 
     def _repr_html_(self) -> str:
         return html_table(f"Matrix {self.path}", self.facts())

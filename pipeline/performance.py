@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.capacity import active_client
 from pipeline.errors import InputError, OpenError, OutputExistsError
 from pipeline.filesystem import may_write, move_file, pinned
-from pipeline.redaction import scrub
+from pipeline.redaction import plain_words, scrub
 from pipeline.staging import check_apart
 from pipeline.trust import check_own, read_document
 
@@ -131,7 +131,7 @@ def _put(page: str, place: Path) -> None:
 
 def _complain(path: Path, error: Exception) -> None:
     words = " ".join(scrub(f"{type(error).__name__}: {error}").split())[:300]
-    sys.stderr.write(f"no performance report in {path}: {words}\n")
+    sys.stderr.write(plain_words(f"no performance report in {path}: {words}") + "\n")
 
 
 def _is_ours(path: Path) -> bool:

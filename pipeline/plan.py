@@ -13,7 +13,7 @@ from pipeline.columns import Part, Selection, select
 from pipeline.encoding import writing_nbytes
 from pipeline.errors import BudgetError
 from pipeline.keys import Keys
-from pipeline.markup import html_table
+from pipeline.markup import html_table, text_table
 from pipeline.memory import budget, held_nbytes, parse_size
 from pipeline.sizes import MIB, count_of, format_size
 from pipeline.starts import check_starts
@@ -330,9 +330,7 @@ class Plan:
         return draw_spread(*self.spread(), title=f"{words}, {factor}", xlabel=f"row of the matrix ({how})", ax=ax)
 
     def __repr__(self) -> str:
-        facts = self.facts()
-        width = max(map(len, facts))
-        return "Plan\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in facts.items())
+        return text_table("Plan", self.facts())
 
     def _repr_html_(self) -> str:
         return html_table("Plan", self.facts(), cost_bars(self.nbytes, self.chunk, self.request))

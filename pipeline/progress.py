@@ -19,6 +19,7 @@ from pipeline.arguments import check_flag
 from pipeline.capacity import active_client, count_threads, is_in_task, measure_workers
 from pipeline.errors import InputError
 from pipeline.memory import held_nbytes
+from pipeline.redaction import plain_words
 from pipeline.report import Watch, watched
 from pipeline.sizes import count_of, format_size
 from pipeline.tasks import Receipt
@@ -198,7 +199,7 @@ class Progress:
 
     def write(self, line: str) -> None:
         """Write a line, above the bar where there is one."""
-        line = f"{time.strftime('%H:%M:%S')} {line}"
+        line = plain_words(f"{time.strftime('%H:%M:%S')} {line}")
         if self._bar is None:
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()

@@ -15,7 +15,8 @@ import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError
 from pipeline.filesystem import flush, is_ghost, move_file, open_regular
-from pipeline.trust import Natural, is_key, plain_words, read_document
+from pipeline.redaction import plain_words
+from pipeline.trust import Natural, is_key, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipeline.errors import InputError
-from pipeline.markup import html_table
+from pipeline.markup import html_table, text_table
 from pipeline.memory import PeakMemory
+from pipeline.redaction import plain_words
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
@@ -146,11 +147,11 @@ class Watch:
 
     def log(self, line: str) -> None:
         """Tell whoever reads the log what happened, and when."""
-        logging.getLogger("pipeline").warning("%s %s", time.strftime("%H:%M:%S"), line)
+        logging.getLogger("pipeline").warning("%s %s", time.strftime("%H:%M:%S"), plain_words(line))
 
     def say(self, line: str) -> None:
         """Tell the user what is worth knowing, though the run goes on."""
-        warnings.warn(line, stacklevel=2)
+        warnings.warn(plain_words(line), stacklevel=2)
 
 
 class Run(Watch):
@@ -368,9 +369,7 @@ class Report:
         return draw_runs(stages, curves, seconds=self.seconds, axes=axes)
 
     def __repr__(self) -> str:
-        facts = self.facts()
-        width = max(map(len, facts))
-        return "Report\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in facts.items())
+        return text_table("Report", self.facts())
 
     def _repr_html_(self) -> str:
         bars = {name: run.stages() for name, run in list(self.named().items())[:_MOST_SHOWN]}

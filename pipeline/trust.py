@@ -92,17 +92,6 @@ def is_key(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch(_KEY, text) is not None
 
 
-def plain_words(text: str) -> str:
-    r"""Replace control characters, of which terminals make other things, in words that others may have written.
-
-    Examples
-    --------
-    >>> plain_words("a\x1b[2Jb")
-    'a?[2Jb'
-    """
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def read_document(path: Path, *, follow: bool = False) -> bytes:
     """Read a small file; OSError for what is no file or too large, and for a link, unless it may be one."""
     with open_regular(path, follow=follow) as file:

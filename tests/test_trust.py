@@ -243,7 +243,7 @@ def test_what_another_run_says_of_itself_is_printed_plainly(tmp_path):
     folder = tmp_path / "w.partial"
     with hold(folder):
         (folder / "holder").write_text(json.dumps({"process": 1, "host": "\x1b]0;gotcha\x07", "since": "a\nb"}))
-        assert find_holder(folder) == "process 1 on ?]0;gotcha?, since a?b"
+        assert find_holder(folder) == "process 1 on \\x1b]0;gotcha\\x07, since a\\nb"
 
 
 def test_documents_are_files_and_bounded(tmp_path, monkeypatch):
