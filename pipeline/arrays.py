@@ -173,15 +173,17 @@ def open_node(folder: Path) -> zarr.Array[Any] | zarr.Group:
 
 @pinned_config()
 def reading_config(array: zarr.Array[Any], *, fills: bool = False) -> zarr.Array[Any]:
-    """Let an array decode without an event loop, and raise where a key is absent, unless `fills` asks for fill values.
+    """Let an array decode without an event loop and within bounds, and raise where a key is absent, unless `fills`.
 
     Zarr gives the fill value for what a shard leaves out, all the same.
     """
     from zarr.core.array_spec import ArrayConfig
 
+    from pipeline.bounding import bound_codecs
+
     # An array takes codecs and pipeline from the configuration in force when it is made, and keeps them when pickled.
     inner: Any = array.async_array
-    metadata = type(inner.metadata).from_dict(inner.metadata.to_dict())
+    metadata = bound_codecs(type(inner.metadata).from_dict(inner.metadata.to_dict()), name_store(array.store_path))
     return type(array)(type(inner)(metadata, inner.store_path, ArrayConfig.from_dict({"read_missing_chunks": fills})))
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
-import numcodecs
 import numpy as np
-from numcodecs import blosc
 
+from pipeline.bounded import inflate, inflate_into
 from pipeline.chunks import CHECKSUM_NBYTES
 from pipeline.zarrconfig import pinned_config
 
@@ -43,24 +41,14 @@ def _plain_decoder(array: zarr.Array[Any]) -> Decode | None:
     stages = _stages(array)
     if stages is None:
         return None
-    undo = [_UNDO.get(name) or numcodecs.get_codec({"id": name}).decode for name in reversed(stages)]
-    in_place = stages[:1] == ["blosc"]
-    if in_place:
-        undo.pop()
+    innermost = stages.pop(0) if stages and stages[0] != "crc32c" else None
 
     def decode(encoded: NDArray[np.uint8], into: NDArray[Any]) -> None:
-        made: Any = encoded
-        for stage in undo:
-            made = stage(made)
         values = into.reshape(-1).view(np.uint8)
-        # A damaged header may name fewer bytes than the chunk has: the rest would be what was there before.
-        nbytes = _blosc_nbytes(made) if in_place else len(made)
-        if nbytes != into.nbytes:
-            raise ValueError(f"it holds {nbytes} bytes instead of {into.nbytes}")
-        if in_place:
-            blosc.decompress(made, values)
-        else:
-            values[:] = np.frombuffer(made, np.uint8)
+        made: Any = encoded
+        for stage in reversed(stages):
+            made = _undo_checksum(made) if stage == "crc32c" else inflate(stage, made, values.nbytes)
+        inflate_into(innermost, made, values)
 
     return decode
 
@@ -87,37 +75,12 @@ def _stages(array: zarr.Array[Any]) -> list[str] | None:
     return stages if _COMPRESSORS.union({"crc32c"}).issuperset(stages) else None
 
 
-_BLOSC_HEADER = struct.Struct("<4x I 4x I")
-"""Decoded bytes and encoded ones, after versions, flags and the size of an item, around the size of a block."""
-
-
-def _blosc_nbytes(encoded: Any) -> int:
-    """Bytes that a Blosc buffer decodes to, as its header says, which must fit: Blosc itself would read past its end.
-
-    The header's layout: https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst
-    """
-    if len(encoded) < _BLOSC_HEADER.size:
-        raise ValueError(f"it has {len(encoded)} bytes, less than a header")
-    nbytes, stored = _BLOSC_HEADER.unpack_from(encoded)
-    if stored != len(encoded):
-        raise ValueError(f"it has {len(encoded)} bytes instead of {stored}")
-    return int(nbytes)
-
-
-def _undo_blosc(encoded: Any) -> Any:
-    _blosc_nbytes(encoded)
-    return blosc.decompress(encoded)
-
-
 def _undo_checksum(encoded: Any) -> Any:
     stored = np.frombuffer(encoded, np.uint8)
     body, checksum = stored[:-CHECKSUM_NBYTES], stored[-CHECKSUM_NBYTES:]
     if google_crc32c.value(body) != int.from_bytes(checksum.tobytes(), "little"):
         raise ValueError("its checksum, a crc32c, does not match")
     return body
-
-
-_UNDO = {"blosc": _undo_blosc, "crc32c": _undo_checksum}
 
 
 @pinned_config()

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib.util
+import itertools
+import lzma
+import math
 import zlib
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import OpenError
-from pipeline.references import find_filters
+from pipeline.bounded import ExcessError, ceiling, check_declared, inflate
+from pipeline.errors import IntegrityError, OpenError
+from pipeline.references import find_filters, list_stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_DEFLATE, _SHUFFLE, _FLETCHER32, _BLOSC, _ZSTD = 1, 2, 3, 32001, 32015
+_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF, _BLOSC, _ZSTD = 1, 2, 3, 32000, 32001, 32015
 """Registered identifiers of the filters that are decoded here."""
+
+_COMPRESSORS = {_DEFLATE: "zlib", _BLOSC: "blosc", _ZSTD: "zstd"}
+"""As Zarr calls them."""
+
+_SZIP, _NBIT, _SCALE_OFFSET, _BZIP2, _LZ4, _BITSHUFFLE = 4, 5, 6, 307, 32004, 32008
+"""Filters that libhdf5 and its plug-ins undo, which take as much memory as the chunk or its filter says."""
 
 _OWN_FILTERS = 256
 """Registered identifiers below this belong to libhdf5 itself, others to plug-ins."""
@@ -28,7 +40,7 @@ _DONT_FILTER_PARTIAL_CHUNKS = 2
 _BLOSC_SNAPPY = 3
 """Compressor of Blosc, by its number in the filter's parameters, that numcodecs is built without."""
 
-FAILURES = (OSError, RuntimeError, KeyError, ValueError, zlib.error)
+FAILURES = (OSError, RuntimeError, KeyError, ValueError, EOFError, zlib.error, lzma.LZMAError)
 """What h5py and decoders raise for data that they cannot read."""
 
 
@@ -37,18 +49,30 @@ def can_decode(filters: Sequence[tuple[int, int, tuple[int, ...], bytes]]) -> bo
     identifiers = [f[0] for f in filters]
     snappy = any(f[0] == _BLOSC and f[2][6:7] == (_BLOSC_SNAPPY,) for f in filters)
     # Behind a checksum the bytes are no whole elements any more, which HDF5 shuffles in a way of its own.
-    known = {*identifiers} <= {_DEFLATE, _SHUFFLE, _FLETCHER32, _BLOSC, _ZSTD}
+    known = all(_is_known(code) for code in identifiers)
     return known and not snappy and _SHUFFLE not in identifiers[1:]
 
 
+def _is_known(identifier: int) -> bool:
+    return identifier in (*_COMPRESSORS, _SHUFFLE, _FLETCHER32) or (identifier == _LZF and _find_lzf() is not None)
+
+
 def undo_filter(identifier: int, parameter: int, raw: Any, size: int) -> Any:
-    """Undo one filter outside of h5py's lock, and outside of Python's."""
-    import numcodecs
+    """Undo one filter outside of h5py's lock, and outside of Python's.
+
+    Raises
+    ------
+    ExcessError
+        If it gives much more than the chunk, of `size` bytes; see `inflate`.
+    ValueError, RuntimeError, OSError, EOFError, zlib.error
+        If the bytes are damaged.
+    """
     from numcodecs.fletcher32 import Fletcher32
 
-    if identifier == _DEFLATE:
-        # `size` is a guess that saves growing the result.
-        return zlib.decompress(raw, bufsize=size + 4)
+    if identifier in _COMPRESSORS:
+        return inflate(_COMPRESSORS[identifier], raw, size)
+    if identifier == _LZF:
+        return _undo_lzf(raw, size)
     if identifier == _SHUFFLE:
         # Not numcodecs' own, which holds Python's lock: copies in NumPy do not, and are faster.
         planes = np.frombuffer(raw, np.uint8).reshape(parameter, -1)
@@ -56,8 +80,107 @@ def undo_filter(identifier: int, parameter: int, raw: Any, size: int) -> Any:
         for position, plane in enumerate(planes):
             elements[:, position] = plane
         return elements.reshape(-1)
-    codecs = {_FLETCHER32: Fletcher32(), _BLOSC: numcodecs.Blosc(), _ZSTD: numcodecs.Zstd()}
-    return codecs[identifier].decode(raw)
+    return Fletcher32().decode(raw)
+
+
+@cache
+def _find_lzf() -> Any:
+    """h5py's own decoder of LZF, which takes a bound; None where its modules do not lend it."""
+    import h5py
+
+    try:
+        decode = ctypes.CDLL(h5py.h5z.__file__, use_errno=True).lzf_decompress
+    except (OSError, AttributeError):
+        return None
+    decode.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
+    decode.restype = ctypes.c_uint
+    return decode
+
+
+def _undo_lzf(raw: Any, size: int) -> Any:
+    encoded = np.frombuffer(raw, np.uint8)
+    # Fletcher32 may have added its checksum before.
+    decoded = np.empty(size + 4, np.uint8)
+    nbytes = _find_lzf()(encoded.ctypes.data, encoded.nbytes, decoded.ctypes.data, decoded.nbytes)
+    if not nbytes:
+        if ctypes.get_errno() == errno.E2BIG:
+            raise ExcessError(f"it holds more than {size} bytes")
+        raise ValueError("its LZF is damaged")
+    return decoded[:nbytes]
+
+
+def refuse_excess(file: Any, name: str, where: tuple[slice, ...]) -> None:
+    """Look at the chunks that h5py is to decode for a part of a data set: libhdf5 takes as much memory as they want.
+
+    Raises
+    ------
+    ExcessError
+        Naming a chunk that would be decoded to more than it has.
+    """
+    for dataset, part in list_stored(file, name, where):
+        properties = dataset.id.get_create_plist()
+        filters = [properties.get_filter(number) for number in range(properties.get_nfilters())]
+        if not filters or not dataset.id.get_num_chunks():
+            continue
+        size = math.prod(dataset.chunks) * dataset.id.get_type().get_size()
+        grid = [range(p.start // n * n, p.stop, n) for p, n in zip(part, dataset.chunks, strict=True)]
+        for corner in itertools.product(*grid):
+            try:
+                _measure(filters, *read_stored(dataset, corner, size), size)
+            except ExcessError as error:
+                whose = f"{dataset.file.filename}::{dataset.name}"
+                raise ExcessError(f"the chunk at {corner} of {whose}: {error}") from error
+            except FAILURES:
+                # What is damaged in another way libhdf5 finds itself.
+                continue
+
+
+def read_stored(dataset: Any, corner: tuple[int, ...], size: int) -> tuple[int, Any]:
+    """Read a chunk of `size` decoded bytes as it is stored: the filters that it has skipped, as bits, and its bytes.
+
+    Raises
+    ------
+    ExcessError
+        If it is stored in more bytes than any filter makes of it.
+    OSError, RuntimeError
+        If it cannot be read, as one that was never written.
+    """
+    room = np.empty(ceiling(size), np.uint8)
+    try:
+        mask, stored = dataset.id.read_direct_chunk(corner, out=room)
+    except ValueError as error:
+        raise ExcessError(f"it is stored in more than {len(room)} bytes instead of {size}") from error
+    return mask, stored
+
+
+def _measure(filters: Sequence[tuple[int, int, tuple[int, ...], bytes]], mask: int, raw: Any, size: int) -> None:
+    """Undo the filters of a chunk as far as libhdf5 alone can, and look at what that would take."""
+    import h5py
+
+    for position, (code, _, values, _) in reversed(tuple(enumerate(filters))):
+        if mask >> position & 1:
+            continue
+        if code == _SHUFFLE:
+            shuffled = np.frombuffer(raw, np.uint8)
+            whole = len(shuffled) // values[0] * values[0]
+            raw = np.concatenate([undo_filter(code, values[0], shuffled[:whole], size), shuffled[whole:]])
+        elif _is_known(code):
+            raw = undo_filter(code, 0, raw, size)
+        elif code == _BZIP2:
+            raw = inflate("bz2", raw, size)
+        else:
+            if not h5py.h5z.filter_avail(code):
+                # libhdf5 will say so, and decode nothing.
+                pass
+            elif code == _SZIP:
+                check_declared(int.from_bytes(raw[:4], "little"), size)
+            elif code == _LZ4 or (code == _BITSHUFFLE and any(values[4:5])):
+                check_declared(int.from_bytes(raw[:8], "big"), size)
+            elif code in (_NBIT, _SCALE_OFFSET):
+                # Number of values, and size of one.
+                check_declared(values[2] * values[4], size)
+            # What is within cannot be known; it is rare that there is another compressor.
+            return
 
 
 def filters_edges(properties: Any) -> bool:
@@ -97,8 +220,12 @@ def check_filters(file: Any, name: str, dataset: Any) -> None:
     if absent and dataset.id.get_num_chunks():
         # A chunk may have skipped the filter, or be stored without.
         corner = dataset.id.get_chunk_info(0).chunk_offset
+        cell = tuple(slice(c, c + 1) for c in corner)
         try:
-            dataset[tuple(slice(c, c + 1) for c in corner)]
+            refuse_excess(file, name, cell)
+            dataset[cell]
+        except ExcessError as error:
+            raise IntegrityError(f"{error}; restore the file") from error
         except FAILURES as error:
             raise filter_error(file, name, absent) from error
 

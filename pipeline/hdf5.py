@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.bounded import ExcessError
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, PipelineError
 from pipeline.files import FileStamp, check_rows
 from pipeline.filters import (
@@ -27,6 +28,8 @@ from pipeline.filters import (
     filter_error,
     filters_edges,
     load_plugins,
+    read_stored,
+    refuse_excess,
     undo_filter,
 )
 from pipeline.netcdf import read_labels
@@ -138,7 +141,9 @@ class Hdf5Source:
         cuts = [start, *range(start // step * step + step, stop, step), stop]
         dataset = file[self.data.name]
         for first, last in itertools.pairwise(cuts):
-            block = self._ask(file, dataset, (slice(None),) * axis + (slice(first, last),), f"rows [{start}, {stop})")
+            where = [slice(0, size) for size in self.data.shape]
+            where[axis] = slice(first, last)
+            block = self._ask(file, dataset, tuple(where), f"rows [{start}, {stop})")
             out[first - start : last - start] = np.moveaxis(block, axis, 0)
         return out
 
@@ -177,6 +182,8 @@ class Hdf5Source:
                 chunk = self._read_chunk(dataset, corner)
             except IntegrityError:
                 raise
+            except ExcessError as error:
+                raise self._broken(what, error) from error
             except FAILURES as error:
                 failure = error
             else:
@@ -194,7 +201,10 @@ class Hdf5Source:
         """Read a part of the data set by h5py, under its lock."""
         load_plugins(dataset)
         try:
+            refuse_excess(file, self.data.name, where)
             values: NDArray[Any] = dataset[where]
+        except ExcessError as error:
+            raise self._broken(what, error) from error
         except FAILURES as error:
             # Either a filter is not available, or the file is damaged.
             absent = absent_filters(file, self.data.name)
@@ -208,17 +218,17 @@ class Hdf5Source:
         data = self.data
         assert data.filters is not None
         assert data.chunks is not None
+        size = math.prod(data.chunks) * data.dtype.itemsize
         try:
-            mask, raw = dataset.id.read_direct_chunk(corner)
+            mask, raw = read_stored(dataset, corner, size)
         except (OSError, RuntimeError):
             return None
-        size = math.prod(data.chunks) * data.dtype.itemsize
         for position, (identifier, parameter) in reversed(tuple(enumerate(data.filters))):
             if not mask >> position & 1:
                 raw = undo_filter(identifier, parameter, raw, size)
-        # As libhdf5 does, which would also read on, behind a chunk that is too short.
-        chunk: NDArray[Any] = np.frombuffer(raw, np.uint8)[:size]
-        if chunk.nbytes < size:
+        # libhdf5 would also read on, behind a chunk that is too short, and pass over what is too much.
+        chunk: NDArray[Any] = np.frombuffer(raw, np.uint8)
+        if chunk.nbytes != size:
             raise self._broken(f"the chunk at {corner}", f"it holds {chunk.nbytes} bytes instead of {size}")
         return chunk.view(data.dtype).reshape(data.chunks)
 

@@ -160,6 +160,17 @@ def find_filters(file: Any, name: str) -> tuple[tuple[int, str], ...]:
         return tuple(sorted(search.filters))
 
 
+def list_stored(file: Any, name: str, where: tuple[slice, ...]) -> Iterator[tuple[Any, tuple[slice, ...]]]:
+    """List the chunked data sets, open, that a part of a data set is read from, each with the part of it, or more."""
+    import h5py
+
+    with contextlib.ExitStack() as stack:
+        search = _Search(file, stack)
+        found = search.follow(file["/"], name, [])
+        if isinstance(found, h5py.Dataset) and found.shape is not None:
+            yield from search.list_stored(found, where)
+
+
 class _Box(NamedTuple):
     first: tuple[int, ...]
     stop: tuple[int, ...]
@@ -290,6 +301,19 @@ class _Search:
                         break
             raise
         return shape
+
+    def list_stored(self, dataset: Any, where: tuple[slice, ...]) -> Iterator[tuple[Any, tuple[slice, ...]]]:
+        """List the chunked data sets that a part of another is read from; see the function."""
+        if not dataset.is_virtual:
+            if dataset.chunks is not None and all(part.start < part.stop for part in where):
+                yield dataset, where
+            return
+        for mapping in dataset.virtual_sources():
+            for source in _split(mapping, dataset.shape):
+                box = list(zip(*source.box, strict=True))
+                if all(part.start < stop and first < part.stop for part, (first, stop) in zip(where, box, strict=True)):
+                    taken, _ = self.open_source(dataset, source.file, source.name)
+                    yield from self.list_stored(taken, _narrow(source, self.find_shape(taken) or (), where))
 
     def explore_external(self, dataset: Any, box: _Box, whose: str) -> None:
         """Check the files that hold nothing but values of a data set."""
@@ -429,6 +453,29 @@ def _split(mapping: Any, shape: tuple[int, ...]) -> Iterator[_Source]:
         box = _Box(tuple(first), tuple(map(sum, zip(first, sizes, strict=True))))
         file, name = (_numbered(text, str(number)) for text in (mapping.file_name, mapping.dset_name))
         yield _Source(file, name, box, selection, math.prod(count) * math.prod(block))
+
+
+def _narrow(source: _Source, shape: tuple[int, ...], where: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Part of a source that holds what is read of it: of its whole selection, unless that is one block without gaps."""
+    import h5py
+
+    selection = source.selection
+    kind, axis = selection.get_select_type(), _endless_axis(selection)
+    if kind == h5py.h5s.SEL_ALL or (axis is not None and len(shape) != len(where)):
+        begins, ends = [0] * len(shape), list(shape)
+    elif axis is not None:
+        begins = [int(start) for start in selection.get_regular_hyperslab()[0]]
+        ends = list(shape)
+    else:
+        first, last = selection.get_select_bounds()
+        begins, ends = [int(n) for n in first], [int(n) + 1 for n in last]
+    sizes = [stop - first for first, stop in zip(*source.box, strict=True)]
+    if [end - begin for begin, end in zip(begins, ends, strict=True)] == sizes and math.prod(sizes) == source.taken:
+        # The block lies in the virtual data set as it does here.
+        moves = [begin - first for begin, first in zip(begins, source.box.first, strict=True)]
+        begins = [max(begin, part.start + move) for begin, part, move in zip(begins, where, moves, strict=True)]
+        ends = [min(end, part.stop + move) for end, part, move in zip(ends, where, moves, strict=True)]
+    return tuple(slice(begin, min(end, size)) for begin, end, size in zip(begins, ends, shape, strict=True))
 
 
 def _check_source(dataset: Any, source: _Source, path: Path, shape: tuple[int, ...] | None, whose: str) -> None:
