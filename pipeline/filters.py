@@ -161,9 +161,10 @@ def _measure(filters: Sequence[tuple[int, int, tuple[int, ...], bytes]], mask: i
         if mask >> position & 1:
             continue
         if code == _SHUFFLE:
+            width = max(1, *values[:1], 1)
             shuffled = np.frombuffer(raw, np.uint8)
-            whole = len(shuffled) // values[0] * values[0]
-            raw = np.concatenate([undo_filter(code, values[0], shuffled[:whole], size), shuffled[whole:]])
+            whole = len(shuffled) // width * width
+            raw = np.concatenate([undo_filter(code, width, shuffled[:whole], size), shuffled[whole:]])
         elif _is_known(code):
             raw = undo_filter(code, 0, raw, size)
         elif code == _BZIP2:
@@ -176,7 +177,7 @@ def _measure(filters: Sequence[tuple[int, int, tuple[int, ...], bytes]], mask: i
                 check_declared(int.from_bytes(raw[:4], "little"), size)
             elif code == _LZ4 or (code == _BITSHUFFLE and any(values[4:5])):
                 check_declared(int.from_bytes(raw[:8], "big"), size)
-            elif code in (_NBIT, _SCALE_OFFSET):
+            elif code in (_NBIT, _SCALE_OFFSET) and len(values) > 4:
                 # Number of values, and size of one.
                 check_declared(values[2] * values[4], size)
             # What is within cannot be known; it is rare that there is another compressor.
