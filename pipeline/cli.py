@@ -228,6 +228,7 @@ def cli(context: click.Context) -> None:
 @option("--dataset", help="Name of the HDF5 data set in each file.")
 @option("--axis", type=int, default=0, show_default=True, help="Which axis of the source holds the rows.")
 @option("--seed", type=int, default=0, show_default=True, help="Of random:.")
+@option("--outside-files", is_flag=True, help="Allow HDF5 that takes values from files outside its folder.")
 @option("--length", type=int, default=16, show_default=True, help="Rows of a window: what compressed chunks fit.")
 @option("--shard-rows", type=int, help="Rows of a shard; 0 writes plain chunks. Default: about 64 MiB.")
 @option("--chunk-rows", type=int, help="Rows of an inner chunk. Default: about 64 KiB.")
@@ -282,7 +283,7 @@ def create(
         _report(*report_dry_run(creation), as_json=as_json, quiet=quiet)
         return
     ready = time.perf_counter()
-    apart = [dest, *(each.split("::")[0] for each in sources)]
+    apart = [dest, *(each.split("::")[0] for each in sources), *creation.referred]
     with (
         PeakMemory() as peak,
         _connected(where, quiet=quiet, verbose=verbose, report=report, apart=apart) as link,
@@ -292,7 +293,7 @@ def create(
             matrix = creation.run(watch)
         ended = time.perf_counter()
     measures = Measures(begin, ready, started, ended, peak.nbytes, link)
-    _report(*report_creation(matrix, watch, measures), as_json=as_json, quiet=quiet)
+    _report(*report_creation(creation, matrix, watch, measures), as_json=as_json, quiet=quiet)
 
 
 @cli.command(

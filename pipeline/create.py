@@ -28,8 +28,8 @@ from pipeline.progress import shown
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.sights import source_sights
-from pipeline.sizes import count_of, format_size
-from pipeline.sources import Source, open_source
+from pipeline.sizes import count_of, format_size, list_some
+from pipeline.sources import Source, open_source, referred_files
 from pipeline.stamps import stamp_source
 from pipeline.tasks import Receipt, name_tasks
 from pipeline.workers import survey_workers
@@ -199,6 +199,11 @@ class Creation:
         """Disk that the matrix takes for certain: what compression will save is not known."""
         return 0 if self.compress else self.nbytes_written
 
+    @property
+    def referred(self) -> list[str]:
+        """Files, beside those that were named, that HDF5 takes values from."""
+        return list(map(str, referred_files(self.source)))
+
     def facts(self) -> dict[str, str]:
         """What a person wants to know, as words."""
         written = format_size(self.nbytes_written) + (" before compression" if self.compress else "")
@@ -211,6 +216,7 @@ class Creation:
             "writes": f"{written} in {count_of(self.files, 'shard' if self.cut.shard else 'chunk')}",
             "tasks": f"{count_of(self.tasks, 'task')} of {self.task_rows:,} rows",
             "memory": f"{format_size(self.task_nbytes)} a task",
+            **({"refers to": list_some(self.referred)} if self.referred else {}),
         }
 
     def __repr__(self) -> str:
@@ -229,6 +235,7 @@ def create_matrix(
     dataset: str | None = None,
     axis: int = 0,
     seed: int = 0,
+    outside_files: bool = False,
     length: int = 16,
     shard_rows: int | None = None,
     chunk_rows: int | None = None,
@@ -258,6 +265,9 @@ def create_matrix(
         Which axis of the source holds the rows.
     seed
         Of `random:`; the same values whatever the layout and the number of workers.
+    outside_files
+        Whether an HDF5 file may take values from files outside its folder (by links, virtual data sets, external
+        storage), which whoever wrote it has chosen.
     length
         Rows of the windows that will be read: what chunks fit that are compressed.
     shard_rows, chunk_rows
@@ -302,6 +312,7 @@ def create_matrix(
         dataset=dataset,
         axis=axis,
         seed=seed,
+        outside_files=outside_files,
         length=length,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows,
@@ -332,6 +343,7 @@ def plan_creation(
     resume: bool,
     overwrite: bool,
     storage_options: Mapping[str, Any] | None = None,
+    outside_files: bool = False,
 ) -> Creation:
     """Open the sources and decide everything about the matrix; nothing is created."""
     output = find_output(dest, storage_options)
@@ -344,10 +356,18 @@ def plan_creation(
     length = check_whole("length", length, least=1)
     chunk_rows = None if chunk_rows is None else check_whole("chunk_rows", chunk_rows, least=1)
     shard_rows = None if shard_rows is None else check_whole("shard_rows", shard_rows, least=0)
-    opened = open_source(source, dtype=dtype, row_shape=row_shape, dataset=dataset, axis=axis, seed=seed)
+    opened = open_source(
+        source,
+        dtype=dtype,
+        row_shape=row_shape,
+        dataset=dataset,
+        axis=axis,
+        seed=seed,
+        outside_files=outside_files,
+    )
     if not resume:
         output.check(nbytes=0, overwrite=overwrite)
-    output.check_apart(_inputs(source))
+    output.check_apart([*_inputs(source), *referred_files(opened)])
     row_nbytes = math.prod(opened.shape[1:]) * opened.dtype.itemsize
     cut = cut_rows(
         opened.shape[0], row_nbytes, length=length, compress=compress, chunk_rows=chunk_rows, shard_rows=shard_rows

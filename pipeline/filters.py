@@ -155,33 +155,38 @@ def read_stored(dataset: Any, corner: tuple[int, ...], size: int) -> tuple[int, 
 
 def _measure(filters: Sequence[tuple[int, int, tuple[int, ...], bytes]], mask: int, raw: Any, size: int) -> None:
     """Undo the filters of a chunk as far as libhdf5 alone can, and look at what that would take."""
-    import h5py
-
     for position, (code, _, values, _) in reversed(tuple(enumerate(filters))):
         if mask >> position & 1:
             continue
         if code == _SHUFFLE:
-            width = max(1, *values[:1], 1)
+            width = max((1, *values[:1]))
             shuffled = np.frombuffer(raw, np.uint8)
             whole = len(shuffled) // width * width
-            raw = np.concatenate([undo_filter(code, width, shuffled[:whole], size), shuffled[whole:]])
+            if whole:
+                raw = np.concatenate([undo_filter(code, width, shuffled[:whole], size), shuffled[whole:]])
         elif _is_known(code):
             raw = undo_filter(code, 0, raw, size)
         elif code == _BZIP2:
             raw = inflate("bz2", raw, size)
         else:
-            if not h5py.h5z.filter_avail(code):
-                # libhdf5 will say so, and decode nothing.
-                pass
-            elif code == _SZIP:
-                check_declared(int.from_bytes(raw[:4], "little"), size)
-            elif code == _LZ4 or (code == _BITSHUFFLE and any(values[4:5])):
-                check_declared(int.from_bytes(raw[:8], "big"), size)
-            elif code in (_NBIT, _SCALE_OFFSET) and len(values) > 4:
-                # Number of values, and size of one.
-                check_declared(values[2] * values[4], size)
+            check_declared(_declared(code, values, raw), size)
             # What is within cannot be known; it is rare that there is another compressor.
             return
+
+
+def _declared(code: int, values: tuple[int, ...], raw: Any) -> int:
+    """Bytes that a filter of libhdf5 or a plug-in of it takes for a chunk; 0 where none can be told."""
+    import h5py
+
+    if not h5py.h5z.filter_avail(code):
+        # libhdf5 will say so, and decode nothing.
+        return 0
+    if code == _SZIP:
+        return int.from_bytes(raw[:4], "little")
+    if code == _LZ4 or (code == _BITSHUFFLE and any(values[4:5])):
+        return int.from_bytes(raw[:8], "big")
+    # Number of values, and size of one.
+    return values[2] * values[4] if code in (_NBIT, _SCALE_OFFSET) and len(values) > 4 else 0
 
 
 def filters_edges(properties: Any) -> bool:

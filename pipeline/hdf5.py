@@ -34,6 +34,7 @@ from pipeline.filters import (
 )
 from pipeline.netcdf import read_labels
 from pipeline.references import Reference, find_references, hold, open_hdf5
+from pipeline.sizes import list_some
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 4 << 20
 """Bytes that h5py reads in one call: other threads wait for its lock only so long."""
-
-_LISTED = 10
-"""Names that an error message lists at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +238,7 @@ class Hdf5Source:
         )
 
 
-def describe(path: Path, name: str | None) -> Hdf5Dataset:
+def describe(path: Path, name: str | None, *, outside_files: bool = False) -> Hdf5Dataset:
     """Read what a file says of one data set; no data are read.
 
     Parameters
@@ -249,6 +247,8 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
         The file.
     name
         Path of the data set in it; None takes the only one.
+    outside_files
+        As of `find_references`.
 
     Raises
     ------
@@ -266,7 +266,7 @@ def describe(path: Path, name: str | None) -> Hdf5Dataset:
         try:
             if name is None:
                 name = _find_only(file)
-            references = find_references(file, name)
+            references = find_references(file, name, outside_files=outside_files)
             dataset = file.get(name)
         except PipelineError:
             raise
@@ -333,6 +333,4 @@ def _find_datasets(file: Any) -> list[str]:
 def _list_names(names: Sequence[str]) -> str:
     if not names:
         return "it holds none"
-    return f"it holds {', '.join(names[:_LISTED])}" + (
-        f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    )
+    return f"it holds {list_some(names)}"

@@ -22,7 +22,7 @@ from pipeline.layout import Layout, PlainFiles, read_layout
 from pipeline.locations import Url, locate, name_store
 from pipeline.markup import html_table, text_line
 from pipeline.record import ATTRIBUTE
-from pipeline.sizes import count_of, format_size
+from pipeline.sizes import count_of, format_size, list_some
 from pipeline.sources import (
     FILE_SUFFIXES,
     FileSource,
@@ -30,6 +30,7 @@ from pipeline.sources import (
     ZarrSource,
     is_numeric,
     open_source,
+    referred_files,
     refuse_options,
     split_name,
 )
@@ -318,6 +319,8 @@ def _shorten(names: list[str]) -> str:
 def _hindrance(source: Source) -> str | None:
     """Say why rows cannot be read where they lie; None if they can."""
     if isinstance(source, Hdf5Source):
+        if referred := referred_files(source):
+            return f"takes values from other files ({list_some(referred)})"
         return "is an HDF5 data set in chunks" if source.data.chunks else "is an HDF5 data set that only h5py can read"
     if not isinstance(source, FileSource):
         return "is a Zarr array" if isinstance(source, ZarrSource) else "is no file"

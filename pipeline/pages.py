@@ -15,7 +15,7 @@ _SECTIONS = {
         *("split", "part", "split_by", "split_seed"),
     ),
     "What of a row": ("members", "columns", "as_dtype"),
-    "The source": ("dtype", "row_shape", "dataset", "axis", "create.seed"),
+    "The source": ("dtype", "row_shape", "dataset", "axis", "create.seed", "outside_files"),
     "How it is stored": ("shard_rows", "chunk_rows", "compress", "create.length"),
     "What is compared": ("subset", "verify.seed", "manifest", "write_manifest"),
     "What is timed": ("scenario", "rows", "rounds", "cold", "limit", "plot"),

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import glob
+import itertools
 import math
 import os
 import re
@@ -29,6 +30,9 @@ _ENDLESS = 2**64 - 1
 
 _MOST_NUMBERED = 1_000_000
 """Numbered sources that are looked through for one that cannot be opened."""
+
+_PREFIXES = ("HDF5_EXT_PREFIX", "HDF5_EXTFILE_PREFIX", "HDF5_VDS_PREFIX")
+"""Variables by which the user tells libhdf5 where files lie."""
 
 _MOST_HOPS = 40
 """Links, one behind the other, after which they are taken for a circle."""
@@ -136,8 +140,14 @@ def _check_found(path: str, name: str, references: tuple[Reference, ...], folder
         )
 
 
-def find_references(file: Any, name: str) -> tuple[Reference, ...]:
+def find_references(file: Any, name: str, *, outside_files: bool = True) -> tuple[Reference, ...]:
     """Find all files, beside an open one, that what lies at a path takes values from; in the order of their paths.
+
+    Parameters
+    ----------
+    outside_files
+        Whether they may lie outside the folder of the open file, and of folders that the user's own variables
+        `HDF5_*_PREFIX` name. A file from somebody else may name any that the user can read.
 
     Raises
     ------
@@ -146,10 +156,17 @@ def find_references(file: Any, name: str) -> tuple[Reference, ...]:
     IntegrityError
         Naming the file that is too short, or the data set that is too small, or made of itself.
     OpenError
-        Naming the file that cannot be opened.
+        Naming the file that cannot be opened, or lies outside.
     """
     with contextlib.ExitStack() as stack:
-        return _Search(file, stack).run(name)
+        return _Search(file, stack, None if outside_files else _find_folders(file.filename)).run(name)
+
+
+def _find_folders(path: str) -> list[Path]:
+    """Folders whose files a file may take values from: its own, as named and where links lead, and the user's."""
+    prefixes = (os.environ.get(name, "").split(":") for name in _PREFIXES)
+    named = [Path(each) for each in itertools.chain(*prefixes) if each]
+    return [folder.resolve() for folder in (Path(path).absolute().parent, Path(path).resolve().parent, *named)]
 
 
 def find_filters(file: Any, name: str) -> tuple[tuple[int, str], ...]:
@@ -192,9 +209,11 @@ class _Source(NamedTuple):
 class _Search:
     """Looks for the files of one data set, and keeps those open that it finds."""
 
-    def __init__(self, file: Any, stack: contextlib.ExitStack) -> None:
+    def __init__(self, file: Any, stack: contextlib.ExitStack, folders: Sequence[Path] | None = None) -> None:
         self.file = file
         self.stack = stack
+        self.folders = folders
+        """That files may lie in; None: anywhere."""
         self.opened: dict[Path, Any] = {}
         self.references: dict[Path, Reference] = {}
         self.filters: set[tuple[int, str]] = set()
@@ -327,6 +346,7 @@ class _Search:
             left -= taken
             if not taken:
                 continue
+            self.check_inside(path, whose)
             if not path.is_file():
                 raise NotFoundError(f"{path} is missing: it holds values of {whose}; restore it")
             held = path.stat().st_size
@@ -336,6 +356,16 @@ class _Search:
                     "zeros in their place; restore it"
                 )
             self.add([path], box, is_hdf5=False)
+
+    def check_inside(self, path: Path, whose: str) -> None:
+        """Refuse a file outside of the folders, wherever links lead."""
+        target = path.resolve()
+        if self.folders is not None and not any(target.is_relative_to(folder) for folder in self.folders):
+            leads = "" if target == path else f", which leads to {target}"
+            raise OpenError(
+                f"{whose} takes values from {path}{leads}, outside the folder of {self.file.filename}; if you trust "
+                f"that file, make a matrix with: pipeline create --outside-files (outside_files=True)"
+            )
 
     def check_ends(self, dataset: Any, mapping: Any, whose: str) -> None:
         """Refuse numbered sources that end where one is missing, although there are some behind it."""
@@ -373,6 +403,7 @@ class _Search:
             if path in self.opened:
                 return self.opened[path]
             if path.is_file():
+                self.check_inside(path, whose)
                 try:
                     file = self.stack.enter_context(open_hdf5(path, _locking(primary)))
                 except OpenError as error:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 MIB = 2**20
 
 
@@ -14,6 +19,18 @@ def count_of(count: int, noun: str) -> str:
     ('1 shard', '2,000 shards')
     """
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def list_some(names: Sequence[object], most: int = 10) -> str:
+    """Write names in a row, so many at most.
+
+    Examples
+    --------
+    >>> list_some(["a.h5", "b.h5", "c.h5"], 2)
+    'a.h5, b.h5 and 1 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def format_size(nbytes: float) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline import formats, hdf5
-from pipeline.arguments import check_dtype, check_path, check_shape, check_text, check_whole, is_whole, show
+from pipeline.arguments import check_dtype, check_flag, check_path, check_shape, check_text, check_whole, is_whole, show
 from pipeline.arrays import (
     check_decodable,
     count_nbytes,
@@ -302,6 +302,7 @@ def open_source(
     dataset: str | None = None,
     axis: int = 0,
     seed: int = 0,
+    outside_files: bool = False,
 ) -> Source:
     """Open what a matrix is made from; no data are read, and nothing is created.
 
@@ -322,6 +323,8 @@ def open_source(
         Axis of each source that holds the rows; negative ones count from the last.
     seed
         Of random numbers, in [0, 2**64).
+    outside_files
+        Whether an HDF5 file may take values from files outside its folder: links, virtual data sets, external storage.
 
     Returns
     -------
@@ -349,7 +352,8 @@ def open_source(
         raise InputError(f"axis is a whole number; got {show(axis)}; give 0 for the first")
     if dataset is not None:
         check_text("dataset", dataset)
-    options = _Options(dtype, row_shape, dataset, int(axis), check_whole("seed", seed, least=0))
+    seed = check_whole("seed", seed, least=0)
+    options = _Options(dtype, row_shape, dataset, int(axis), seed, check_flag("outside_files", outside_files))
     if isinstance(source, str | os.PathLike) or not isinstance(source, Sequence):
         return _open_one(source, options)
     if not source:
@@ -374,6 +378,13 @@ def open_source(
     return StackedSource(sources)
 
 
+def referred_files(source: Source) -> list[Path]:
+    """List the files, beside those that were named, that a source takes values from, in the order of their paths."""
+    parts = source.sources if isinstance(source, StackedSource) else (source,)
+    found = (part.data.references for part in parts if isinstance(part, hdf5.Hdf5Source))
+    return sorted({reference.stamp.path.resolve() for references in found for reference in references})
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     dtype: DTypeLike | None
@@ -381,6 +392,7 @@ class _Options:
     dataset: str | None
     axis: int
     seed: int
+    outside_files: bool
 
     def refuse(self, source: str, kind: str, *names: str) -> None:
         """Raise `InputError` if one of the options is given for a kind of source that has its own, or none."""
@@ -507,7 +519,8 @@ def _open_hdf5(path: Path, name: str | None, options: _Options) -> FileSource | 
     options.refuse(str(path), "HDF5", "dtype", "row_shape")
     if name is not None and options.dataset is not None:
         raise InputError(f"a data set is named once; got {path}::{name} and --dataset {options.dataset}; drop one")
-    data = hdf5.describe(path, name if name is not None else options.dataset)
+    name = name if name is not None else options.dataset
+    data = hdf5.describe(path, name, outside_files=options.outside_files)
     axis = _check_array(f"{path}::{data.name}", data.shape, data.dtype, options.axis)
     if data.offset is None:
         return hdf5.Hdf5Source(data, axis)

@@ -58,11 +58,12 @@ def report_dry_run(creation: Creation) -> Report:
         "tasks": creation.tasks,
         "task_nbytes": creation.task_nbytes,
         "disk_free": free,
+        "referred_files": creation.referred,
     }
     return creation.facts() | {"disk": _say_free(free)}, numbers
 
 
-def report_creation(matrix: Matrix, watch: Watch, measures: Measures) -> Report:
+def report_creation(creation: Creation, matrix: Matrix, watch: Watch, measures: Measures) -> Report:
     """Say what was made, and what it took."""
     numbers = {
         "path": matrix.path,
@@ -70,11 +71,13 @@ def report_creation(matrix: Matrix, watch: Watch, measures: Measures) -> Report:
         "dtype": matrix.dtype.name,
         "nbytes": matrix.nbytes,
         "nbytes_read": watch.nbytes_read,
+        "referred_files": creation.referred,
         **_tasks(watch),
         **_seconds(watch, measures),
         **_resources(matrix.nbytes * watch.own_share, measures),
     }
-    return matrix.facts() | _resumed(watch) | loss_facts(watch.losses) | _run_facts(numbers), numbers
+    referred = {name: words for name, words in creation.facts().items() if name == "refers to"}
+    return matrix.facts() | referred | _resumed(watch) | loss_facts(watch.losses) | _run_facts(numbers), numbers
 
 
 def report_matrix(matrix: Matrix | MatrixGroup, length: int) -> Report:

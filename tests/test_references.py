@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from h5py import h5d, h5p, h5s
 
 import pipeline
 from pipeline import references
-from pipeline.errors import IntegrityError, NotFoundError, OpenError
+from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.sources import FileSource, open_source
 from pipeline.stamps import stamp_source
@@ -490,7 +491,7 @@ def test_other_working_directory(folder, tmp_path, monkeypatch, make):
     away = tmp_path / "away"
     away.mkdir()
     shutil.move(folder / "A.h5", away)
-    source = open_source(f"{away / 'A.h5'}::{name}")
+    source = open_source(f"{away / 'A.h5'}::{name}", outside_files=True)
     assert {reference.stamp.path for reference in source.data.references} == {folder / file for file in needed}
     rows = source.shape[0]
     np.testing.assert_array_equal(source.read_rows(0, rows), read_h5py(f"{away / 'A.h5'}::{name}"))
@@ -504,6 +505,170 @@ def test_symlink_to_the_file(folder, tmp_path):
     (tmp_path / "link.h5").symlink_to(folder / "A.h5")
     source = open_source(f"{tmp_path / 'link.h5'}::v")
     np.testing.assert_array_equal(source.read_rows(20, 30), values(2))
+
+
+# files outside the folder
+
+
+def virtual_within(folder):
+    """An outer virtual data set, beside which the inner one lies, whose source does not."""
+    save(folder / "s0.h5", values(0))
+    (folder / "inside").mkdir()
+    save_virtual(folder / "inside" / "inner.h5", [folder / "s0.h5"])
+    save_virtual(folder / "inside" / "A.h5", ["inner.h5"], of="v")
+    return "v", "s0.h5"
+
+
+def virtual_above(folder):
+    save(folder / "s0.h5", values(0))
+    (folder / "inside").mkdir()
+    save_virtual(folder / "inside" / "A.h5", ["../s0.h5"])
+    return "v", "s0.h5"
+
+
+def link_away(folder):
+    save(folder / "s0.h5", values(0))
+    (folder / "inside").mkdir()
+    with h5py.File(folder / "inside" / "A.h5", "w") as file:
+        file["far"] = h5py.ExternalLink(folder / "s0.h5", "/t")
+    return "far", "s0.h5"
+
+
+def bytes_away(folder):
+    values(0).tofile(folder / "s0.bin")
+    (folder / "inside").mkdir()
+    with h5py.File(folder / "inside" / "A.h5", "w") as file:
+        file.create_dataset("x", data=values(0), external=[(folder / "s0.bin", 0, 240)])
+    return "x", "s0.bin"
+
+
+def through_a_symbolic_link(folder):
+    save(folder / "s0.h5", values(0))
+    (folder / "inside").mkdir()
+    (folder / "inside" / "s1.h5").symlink_to(folder / "s0.h5")
+    save_virtual(folder / "inside" / "A.h5", ["s1.h5"])
+    return "v", "s0.h5"
+
+
+def through_a_symbolic_link_to_a_folder(folder):
+    save(folder / "s0.h5", values(0))
+    (folder / "inside").mkdir()
+    (folder / "inside" / "sources").symlink_to(folder)
+    save_virtual(folder / "inside" / "A.h5", ["sources/s0.h5"])
+    return "v", "s0.h5"
+
+
+OUTSIDE = [
+    virtual_within,
+    virtual_above,
+    link_away,
+    bytes_away,
+    through_a_symbolic_link,
+    through_a_symbolic_link_to_a_folder,
+]
+
+
+@pytest.mark.parametrize("make", OUTSIDE)
+def test_a_file_outside_the_folder_is_refused_without_the_switch(make, folder):
+    name, outside = make(folder)
+    text = f"{folder / 'inside' / 'A.h5'}::{name}"
+    for call in (
+        open_source,
+        pipeline.open_matrix,
+        lambda text: pipeline.create_matrix(text, folder / "A.zarr"),
+        lambda text: open_source([text]),
+    ):
+        with pytest.raises(OpenError) as caught:
+            call(text)
+        assert str(folder / outside) in str(caught.value)
+        assert "--outside-files (outside_files=True)" in str(caught.value)
+    assert not (folder / "A.zarr").exists()
+    matrix = pipeline.create_matrix(text, folder / "A.zarr", outside_files=True)
+    np.testing.assert_array_equal(matrix.array[:], values(0))
+
+
+@pytest.mark.parametrize("make", OUTSIDE)
+def test_a_file_that_is_refused_is_not_opened(make, folder):
+    """Nor waited for, as a pipe would be."""
+    name, outside = make(folder)
+    (folder / outside).unlink()
+    os.mkfifo(folder / outside)
+    with pytest.raises(OpenError):
+        open_source(f"{folder / 'inside' / 'A.h5'}::{name}")
+
+
+def test_files_of_the_folder_and_below_need_no_switch(folder, monkeypatch):
+    (folder / "below").mkdir()
+    save(folder / "below" / "s0.h5", values(0))
+    save_virtual(folder / "A.h5", ["below/s0.h5"])
+    np.testing.assert_array_equal(open_source(folder / "A.h5").read_rows(0, 10), values(0))
+
+
+def test_a_folder_that_the_user_names_to_libhdf5_needs_no_switch(folder, tmp_path):
+    save(folder / "s0.h5", values(0))
+    (tmp_path / "other").mkdir()
+    save_virtual(tmp_path / "other" / "A.h5", ["s0.h5"])
+    code = "import sys, pipeline.sources as s; print(s.open_source(sys.argv[1]).read_rows(0, 10).sum())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "other" / "A.h5"],
+        env=os.environ | {"HDF5_VDS_PREFIX": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout) == values(0).sum()
+
+
+def command(*arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_refuses_and_names_the_files_that_it_takes_values_from(folder):
+    name, outside = virtual_above(folder)
+    text = f"inside/A.h5::{name}"
+    for arguments in (["create", text, "A.zarr"], ["create", text, "A.zarr", "--dry-run"], ["info", text]):
+        code, out, error = command(*arguments, cwd=folder)
+        assert (code, out) == (3, "")
+        assert len(error.splitlines()) == 1
+        assert str(folder / outside) in error
+        assert "--outside-files" in error
+    arguments = ["create", text, "A.zarr", "--outside-files"]
+    for more in (["--dry-run"], []):
+        code, out, _ = command(*arguments, *more, "--json", cwd=folder)
+        assert code == 0
+        assert json.loads(out)["referred_files"] == [str(folder / outside)]
+    code, out, _ = command(*arguments, "--overwrite", cwd=folder)
+    assert code == 0
+    [line] = [line for line in out.splitlines() if line.startswith("refers to")]
+    assert str(folder / outside) in line
+
+
+def test_info_names_the_files_that_a_data_set_takes_values_from(folder):
+    virtual(folder)
+    code, _, error = command("info", "A.h5::v", cwd=folder)
+    assert code == 3
+    for name in ("s0.h5", "s1.h5", "s2.h5"):
+        assert str(folder / name) in error
+
+
+def test_no_output_replaces_a_file_that_values_come_from(folder):
+    values(0).tofile(folder / "x.zarr")
+    with h5py.File(folder / "A.h5", "w") as file:
+        file.create_dataset("x", data=values(0), external=[(folder / "x.zarr", 0, 240)])
+    before = (folder / "x.zarr").read_bytes()
+    for settings in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(OutputExistsError):
+            pipeline.create_matrix(folder / "A.h5", folder / "x.zarr", **settings)
+    pipeline.create_matrix("random:10x3", folder / "y.zarr")
+    (folder / "x.zarr").rename(folder / "y.zarr" / "x.bin")
+    with h5py.File(folder / "A.h5", "w") as file:
+        file.create_dataset("x", data=values(0), external=[(folder / "y.zarr" / "x.bin", 0, 240)])
+    with pytest.raises(OutputExistsError, match="apart"):
+        pipeline.create_matrix(folder / "A.h5", folder / "y.zarr", overwrite=True)
+    assert (folder / "y.zarr" / "x.bin").read_bytes() == before
 
 
 # locks
