@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -257,6 +258,21 @@ def test_the_command_line_says_it_in_one_line(encoded, tmp_path):
 def test_sound_chunks_of_every_codec_are_read(name, tmp_path):
     make_zarr(tmp_path / "A.zarr", ZARR[name][1])
     np.testing.assert_array_equal(open_source(tmp_path / "A.zarr").read_rows(0, ROWS), VALUES)
+
+
+def test_a_chunk_at_the_edge_that_skips_the_filters_is_not_taken_for_their_bytes(tmp_path):
+    """Its values, as bytes, would be a header of LZ4 that asks for gigabytes."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk((4,))
+    properties.set_filter(PLUGINS["lz4"].filter_id, h5py.h5z.FLAG_OPTIONAL, PLUGINS["lz4"].filter_options)
+    library = ctypes.CDLL(h5py.h5p.__file__)
+    library.H5Pset_chunk_opts.argtypes = [ctypes.c_int64, ctypes.c_uint]
+    assert library.H5Pset_chunk_opts(properties.id, 2) >= 0
+    values = np.frombuffer(struct.pack(">Q", bombs.NBYTES) * 6, "f8")
+    with h5py.File(tmp_path / "A.h5", "w", libver="latest") as file:
+        h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_DOUBLE, h5py.h5s.create_simple((6,)), properties)
+        file["x"][:] = values
+    np.testing.assert_array_equal(open_source(tmp_path / "A.h5").read_rows(0, 6), values)
 
 
 @pytest.mark.parametrize("name", FILTERS)

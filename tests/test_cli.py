@@ -72,7 +72,17 @@ def test_create(cli, samples, values, tmp_path):
         "nbytes_read": values.nbytes,
         "tasks": 4,
     }
-    assert set(numbers) == {"path", "shape", "dtype", "nbytes", "nbytes_read", "tasks", *RESUMED, *RUN_NUMBERS}
+    assert set(numbers) == {
+        "path",
+        "shape",
+        "dtype",
+        "nbytes",
+        "nbytes_read",
+        "referred_files",
+        "tasks",
+        *RESUMED,
+        *RUN_NUMBERS,
+    }
     assert said.err == f"dashboard: {numbers['dashboard']}\n"
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "A.zarr", mode="r")[:], values)
     assert [path.name for path in tmp_path.iterdir()] == ["A.zarr"]
@@ -103,7 +113,8 @@ def test_create_dry_run(cli, samples, tmp_path):
     written = 250 * (8 * 160 + 4) + 4 * (64 * 16 + 4)
     numbers = said.numbers
     assert (numbers["nbytes_read"], numbers["nbytes_written"], numbers["files"]) == (320_000, written, 4)
-    assert set(numbers) == {"nbytes_read", "nbytes_written", "files", "tasks", "task_nbytes", "disk_free"}
+    counts = {"nbytes_read", "nbytes_written", "files", "tasks", "task_nbytes"}
+    assert set(numbers) == {*counts, "disk_free", "referred_files"}
     assert "free" in columns(cli("create", samples / "A.npy", "A.zarr", "--dry-run").out)["disk"]
     cli("create", samples / "A.npy", "A.zarr", "--shard-rows", 512, "--chunk-rows", 8, "-q")
     assert stored_nbytes(tmp_path / "A.zarr") == written
