@@ -21,6 +21,8 @@ By = Literal["blocks", "intervals", "order"]
 _BLOCK_WINDOWS = 64
 """Windows that fit a block side by side: at a border between two parts the starts of one window are lost."""
 _FEWEST_BLOCKS = 4
+_MOST_BLOCKS = 10_000_000
+"""Each takes some tens of bytes here."""
 """Blocks of the smallest part at least, where they do not become shorter than a window."""
 _SUM_TOLERANCE = 1e-9
 _NAMES = {1: ["train"], 2: ["train", "test"], 3: ["train", "validation", "test"]}
@@ -132,7 +134,8 @@ def split_rows(
         such as `matrix.parts`. Default: the whole matrix.
     block_rows
         Rows of a block, at least; less than twice as many where its interval has as many. Default: 64 windows, fewer
-        where the smallest part would have less than four blocks. Between two blocks of one part no window is lost.
+        where the smallest part would have less than four blocks, more where there would be over ten million blocks.
+        Between two blocks of one part no window is lost.
 
     Returns
     -------
@@ -174,8 +177,7 @@ def split_rows(
     elif by == "intervals":
         pieces, part = intervals, _deal_whole(np.random.default_rng(seed), intervals, shares, length)
     else:
-        few = int(total * shares.min()) // _FEWEST_BLOCKS
-        pieces = _cut_blocks(intervals, block_rows or max(length, min(_BLOCK_WINDOWS * length, few)))
+        pieces = _cut_blocks(intervals, _choose_block_rows(total, length, shares.min(), block_rows))
         part = _deal_blocks(np.random.default_rng(seed), pieces, shares)
     split = [_merge(pieces[part == number], intervals) for number in range(len(shares))]
     way_out = "give it a larger fraction, or more or longer intervals"
@@ -236,6 +238,19 @@ def _cut_in_order(
     pieces = np.stack([firsts, stops], axis=1)
     begun = np.cumsum(stops - firsts) - (stops - firsts)
     return pieces, np.searchsorted(bounds, begun, side="right")
+
+
+def _choose_block_rows(total: int, length: int, share: float, given: int | None) -> int:
+    """Rows of a block; `share` of all rows are the smallest part's. InputError where blocks would be too many."""
+    least = -(-total // _MOST_BLOCKS)
+    if given is None:
+        return max(length, least, min(_BLOCK_WINDOWS * length, int(total * share) // _FEWEST_BLOCKS))
+    if given < least:
+        raise InputError(
+            f"blocks of {given:,} rows are too many, more than {_MOST_BLOCKS:,} of {total:,} rows; give block_rows of "
+            f"at least {least:,}"
+        )
+    return given
 
 
 def _cut_blocks(intervals: NDArray[np.int64], block_rows: int) -> NDArray[np.int64]:

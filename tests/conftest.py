@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import pipeline
 from pipeline import cli as command
@@ -25,6 +26,10 @@ ROWS, COLUMNS = 2_000, 20
 # Over SSH, and in a batch job, `connect` says a line more.
 for _name in ("SSH_CONNECTION", "SLURM_SUBMIT_HOST", "PBS_O_HOST", "SGE_O_HOST", "LSB_SUB_HOST"):
     os.environ.pop(_name, None)
+
+# The same examples every time, so that who changes nothing breaks nothing; others where somebody looks further.
+settings.register_profile("pipeline", derandomize="FUZZ_EXAMPLES" not in os.environ, deadline=None)
+settings.load_profile("pipeline")
 
 
 def pytest_configure():

@@ -108,6 +108,7 @@ def test_fractions_below_one_leave_rows_over():
         ({"by": "chance"}, "'chance'"),
         ({"by": "order", "block_rows": 10}, "block_rows is of a split by blocks"),
         ({"block_rows": 3}, "block_rows is at least 4; got 3"),
+        ({"rows": 10**12, "block_rows": 99_999}, "too many, more than 10,000,000 of 1,000,000,000,000 rows; give"),
         ({"seed": -1}, "seed is at least 0"),
         ({"length": 101}, "length 101 for 100 rows"),
         ({"within": [[0, 3], [5, 8]]}, "longest has 3 rows"),
@@ -118,9 +119,9 @@ def test_fractions_below_one_leave_rows_over():
     ],
 )
 def test_bad_splits(options, words):
-    arguments = {"fractions": (0.5, 0.5), "length": 4} | options
+    arguments = {"rows": 100, "fractions": (0.5, 0.5), "length": 4} | options
     with pytest.raises(pipeline.InputError) as caught:
-        pipeline.split_rows(100, arguments.pop("fractions"), **arguments)
+        pipeline.split_rows(**arguments)
     assert words in str(caught.value)
 
 
