@@ -135,7 +135,7 @@ def call_method(make, name):
 
 
 CALLS = {
-    "open_matrix": (pipeline.open_matrix, {"source": "A.zarr", "storage_options": None, "check_reads": False, "missing_chunks": "error", "dtype": None, "row_shape": None, "dataset": None, "members": None, "outside_files": False}),
+    "open_matrix": (pipeline.open_matrix, {"source": "A.zarr", "storage_options": None, "check_reads": False, "missing_chunks": "error", "dtype": None, "row_shape": None, "dataset": None, "members": None}),
     "open_matrix of raw binary": (pipeline.open_matrix, {"source": "A.bin", "dtype": "f8", "row_shape": (3,)}),
     "open_matrix of several": (pipeline.open_matrix, {"source": {"x": "A.zarr", "y": "y.npy"}, "members": ["x"]}),
     "open_matrix of a URL": (pipeline.open_matrix, {"source": "memory://absent/a.zarr", "storage_options": {}}),
