@@ -137,6 +137,8 @@ def _inflate_zstd(encoded: memoryview, size: int, _: Mapping[str, Any]) -> Any:
 
 
 _ZSTD_MAGIC, _ZSTD_SKIPPABLE = 0xFD2FB528, 0x184D2A50
+_ZSTD_HEADER_NBYTES = 18
+"""No header of a frame is longer."""
 _ZSTD_BLOCK_NBYTES = 128 * 1024
 """A block of Zstandard decodes to so many bytes at most (RFC 8878, 3.1.1.2.4)."""
 
@@ -158,7 +160,8 @@ def _zstd_header(encoded: Any, at: int = 0) -> tuple[int, int | None, bool]:
 
 
 def _zstd_declared(encoded: Any) -> int | None:
-    return _zstd_header(encoded)[1]
+    # As bytes, of which slices cost a fifth of those of an array.
+    return _zstd_header(memoryview(encoded)[:_ZSTD_HEADER_NBYTES].tobytes())[1]
 
 
 def _zstd_bound(encoded: memoryview) -> tuple[int, bool]:
