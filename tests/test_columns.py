@@ -454,13 +454,15 @@ def test_a_coordinate_that_cannot_be_read_is_no_zeros(tmp_path, damage):
         assert not result["time"][:].any()
 
 
-def test_coordinates_are_in_the_budget(tmp_path):
+def test_coordinates_are_in_the_budget(tmp_path, monkeypatch):
     group = zarr.create_group(tmp_path / "S.zarr")
     rows = 4_000_000
     group.create_array("x", shape=(rows,), dtype="i1", chunks=(rows,), dimension_names=["time"])[:] = 1
     group.create_array("time", shape=(rows,), dtype="f8", chunks=(rows,), dimension_names=["time"])[:] = 1
-    held = memory.held_nbytes() + 16 * 2**20
-    planned = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "S.zarr" / "x"), [5], length=5, memory=held)
+    limit = memory.held_nbytes() + 16 * 2**20
+    planned = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "S.zarr" / "x"), [5], length=5, memory=limit)
+    # What the values above took may have been given back since.
+    monkeypatch.setattr("pipeline.attributes.held_nbytes", lambda: limit - 16 * 2**20)
     with pytest.raises(pipeline.BudgetError, match="coordinate time"):
         pipeline.store(planned, tmp_path / "w.zarr")
 

@@ -361,7 +361,7 @@ def zarr_part(folder):
         (chunked, r"A\.h5 is an HDF5 data set in chunks"),
         (compressed, r"A\.h5::test is an HDF5 data set in chunks"),
         (never_written, r"A\.h5 is an HDF5 data set that only h5py"),
-        (virtual, r"A\.h5 is an HDF5 data set that only h5py"),
+        (virtual, r"A\.h5 takes values from other files"),
         (big_endian_hdf5, r"A\.h5::group/test holds >f8"),
         (one_fortran_part, r"A\.npy is in Fortran order"),
         (zarr_part, r"A\.zarr is a Zarr array"),
