@@ -169,7 +169,7 @@ def connect(cluster: str | Path | None = None, **overrides: Any) -> Connection:
                 sys.stderr.write(f"{plain_words(warning)}\n")
         stack.callback(_close, client)
         with _while_awaited():
-            if address is None:
+            if address is None and deployment.name != "LocalCluster":
                 _prepare_nodes(client, guarded=not choice.insecure and deployment.encryption is not Encryption.SERVICE)
             stack.enter_context(right_links(client))
             for line in say_dashboard(client, None if choice.origin == NO_FILE else choice.origin):
@@ -194,8 +194,7 @@ def _while_awaited() -> Iterator[None]:
 
 def _prepare_nodes(client: distributed.Client, *, guarded: bool) -> None:
     """Set up the nodes of a cluster that this package started; a service guards its dashboards itself."""
-    if not client.scheduler.address.startswith("inproc"):
-        watch_exits(client)
+    watch_exits(client)
     if guarded:
         guard_dashboards(client)
 
@@ -213,7 +212,10 @@ def _start(stack: ExitStack, choice: Choice, deployment: Deployment) -> Any:
     try:
         match deployment.module, deployment.name:
             case _, "LocalCluster":
-                cluster = start_local(stack, kwargs, encryption, level=choice.level, replace=adapt is None)
+                guarded = not choice.insecure
+                cluster = start_local(
+                    stack, kwargs, encryption, level=choice.level, replace=adapt is None, guarded=guarded
+                )
             case _, "SSHCluster":
                 with remote_lines() as said:
                     cluster = start_ssh(stack, kwargs, encryption, level=choice.level)

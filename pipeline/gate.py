@@ -11,32 +11,41 @@ _ORIGINS = "distributed.scheduler.dashboard.bokeh-application.allow_websocket_or
 
 
 def guard_dashboards(client: distributed.Client) -> None:
-    """Have scheduler and workers of a cluster of ours, later ones, too, refuse requests that other sites have sent.
+    """Have scheduler and workers of a running cluster of ours, later ones, too, refuse what `make_gate` does."""
+    guard, gate = make_gate()
+    client.run_on_scheduler(guard)
+    client.register_plugin(gate)
+
+
+def make_gate() -> tuple[Any, Any]:
+    """Make what has a node's dashboard refuse requests that other sites have sent.
 
     Dask takes websockets from pages of any origin. And a name that leads to loopback makes a page of anybody's one of
     the dashboard's own (DNS rebinding). Loopback is let in with any port, as `ssh -L` may give it another one, and so
     are the hosts that Dask's setting names, such as that of a proxy.
+
+    Returns
+    -------
+    tuple
+        A function of the scheduler, and a plugin of workers. Both are sent whole, since what is made within a function
+        is: this package need not be there.
     """
     given = dask.config.get(_ORIGINS, None) or []
     # Dask's own value, which takes all.
     hosts = [str(each).partition(":")[0].lower() for each in given if each != "*"]
     guard = _make_guard(hosts, _ORIGINS)
-    client.run_on_scheduler(guard)
-    client.register_plugin(_make_plugin(guard))
 
-
-def _make_plugin(guard: Any) -> Any:
     class Gate(distributed.WorkerPlugin):  # type: ignore[misc]
         name = "dashboard-gate"
 
         def setup(self, worker: Any) -> None:
             guard(worker)
 
-    return Gate()
+    return guard, Gate()
 
 
 def _make_guard(hosts: list[str], setting: str) -> Any:  # noqa: C901 (all that is sent)
-    """Make a function of a scheduler or worker that is sent whole: this package need not be there."""
+    """Make a function of a scheduler or worker."""
 
     def guard(dask_scheduler: Any) -> None:  # noqa: C901
         import ipaddress

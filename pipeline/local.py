@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 import dask
 import distributed
 from dask.system import CPU_COUNT
+from distributed.protocol.pickle import dumps
 from tornado.ioloop import PeriodicCallback
 
 from pipeline.arguments import check_flag, check_whole, show
 from pipeline.dashboard import Worker, can_defer_pages, defer_pages
 from pipeline.deployments import check_keys, keywords_of, mapping_of
 from pipeline.errors import InputError
+from pipeline.gate import make_gate
 from pipeline.launch import launch
 from pipeline.memory import budget
+from pipeline.nannies import make_exit_watch
 from pipeline.security import (
     Encryption,
     check_dashboard,
@@ -144,7 +147,9 @@ def check_no_limit(limit: Any) -> None:
         )
 
 
-def start_local(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption, *, level: Any, replace: bool) -> Any:
+def start_local(
+    stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption, *, level: Any, replace: bool, guarded: bool
+) -> Any:
     """Start a LocalCluster, which `stack` closes.
 
     Parameters
@@ -155,6 +160,8 @@ def start_local(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption
         Of Dask's log lines that are let through; falsy: all.
     replace
         Whether processes that end for good are started anew.
+    guarded
+        Whether dashboards refuse requests of other sites.
     """
     kwargs = kwargs | {"silence_logs": level, "security": make_security(encryption, kwargs.get("security"))}
     # The children that Python starts while it imports the main script would start children of their own, and so on.
@@ -169,8 +176,8 @@ def start_local(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption
         # Dask's own folder is first on the path of all its processes, and whoever uses it first on a machine owns it.
         stack.enter_context(dask.config.set({"temporary-directory": str(private_folder())}))
     deferred = can_defer_pages() and not kwargs.get("scheduler_kwargs")
-    if deferred:
-        kwargs["scheduler_kwargs"] = {"dashboard": False}
+    served: dict[str, Any] = {"dashboard": False} if deferred else dict(kwargs.get("scheduler_kwargs") or {})
+    kwargs["scheduler_kwargs"] = served | {"plugins": [*served.get("plugins", ()), _NodePlugins(guarded=guarded)]}
     if kwargs["processes"]:
         kwargs["worker_class"] = Nanny
         _keep_processes_quiet(stack, level)
@@ -185,6 +192,23 @@ def start_local(stack: ExitStack, kwargs: dict[str, Any], encryption: Encryption
         cluster.periodic_callbacks["replace-lost"] = again
         cluster.loop.add_callback(again.start)
     return cluster
+
+
+class _NodePlugins(distributed.SchedulerPlugin):  # type: ignore[misc]
+    """Gives nodes their plugins as they come: at a cluster that runs already each takes a round trip to all of them."""
+
+    name = "node-plugins"
+
+    def __init__(self, *, guarded: bool) -> None:
+        self._guarded = guarded
+
+    async def start(self, scheduler: distributed.Scheduler) -> None:
+        watch = make_exit_watch()
+        scheduler.nanny_plugins[watch.name] = dumps(watch)
+        if self._guarded:
+            guard, gate = make_gate()
+            guard(scheduler)
+            scheduler.worker_plugins[gate.name] = dumps(gate)
 
 
 def _keep_processes_quiet(stack: ExitStack, level: Any) -> None:

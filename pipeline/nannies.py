@@ -17,11 +17,15 @@ def watch_exits(client: distributed.Client) -> None:
     It is no use to threads, which have no nanny, and nothing that a run needs.
     """
     with suppress(Exception):
-        client.register_plugin(_make_watch(EXITS))
+        client.register_plugin(make_exit_watch())
+
+
+def make_exit_watch() -> Any:
+    """Make a plugin of nannies that is sent whole: this package need not be there."""
+    return _make_watch(EXITS)
 
 
 def _make_watch(topic: str) -> Any:
-    """Make a plugin that is sent whole, since a class within a function is: this package need not be there."""
 
     class ExitWatch(distributed.NannyPlugin):  # type: ignore[misc]
         name = topic

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import distributed
 
+from pipeline import dashboard
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -78,8 +80,8 @@ class WorkerEndedError(RuntimeError):
         self.exitcode = exitcode
 
 
-class Worker(distributed.Worker):  # type: ignore[misc]
-    """A worker in a process of its own that says why it cannot start.
+class Worker(dashboard.Worker):
+    """A worker in a process of its own that says why it cannot start, and makes its dashboard when somebody looks.
 
     Dask sends what is raised to the nanny without its cause. It names a worker's kind by the name of the class.
     """
