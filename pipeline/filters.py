@@ -99,8 +99,8 @@ def _find_lzf() -> Any:
 
 def _undo_lzf(raw: Any, size: int) -> Any:
     encoded = np.frombuffer(raw, np.uint8)
-    # Fletcher32 may have added its checksum before.
-    decoded = np.empty(size + 4, np.uint8)
+    # Another filter may have added bytes before, such as a checksum or a header.
+    decoded = np.empty(ceiling(size), np.uint8)
     nbytes = _find_lzf()(encoded.ctypes.data, encoded.nbytes, decoded.ctypes.data, decoded.nbytes)
     if not nbytes:
         if ctypes.get_errno() == errno.E2BIG:

@@ -213,6 +213,16 @@ def write_case(path, case):
             made.resize(case.resized)
 
 
+@pytest.mark.parametrize("compressor", ["gzip", "lzf", "zstd"])
+@pytest.mark.parametrize("adds", [("scaleoffset-float",), ("scaleoffset-float", "fletcher32"), ("fletcher32",) * 3])
+def test_small_chunks_that_filters_make_larger(tmp_path, adds, compressor):
+    """Headers and checksums are no excess, however few bytes a chunk has."""
+    values = np.array([2.5, 3.25, -1.0])
+    with h5py.File(tmp_path / "A.h5", "w") as file:
+        create(file, "test", (3,), h5py.h5t.IEEE_F64LE, chunked((1,), (*adds, compressor)))[:] = values
+    expect(open_source(tmp_path / "A.h5", dataset="test"), values, (0, 3), (1, 2))
+
+
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
