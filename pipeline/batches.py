@@ -246,7 +246,7 @@ def iter_batches(
         count=len(plan), batch_size=batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
     )
     if prefetch is not None:
-        check_whole("prefetch", prefetch, least=0)
+        prefetch = check_whole("prefetch", prefetch, least=0)
     epoch = check_whole("epoch", epoch, least=0)
     plans = plan.members if isinstance(plan, GroupPlan) else {"": plan}
     applies: dict[str, Any] = by_member(apply, plans, "apply") if isinstance(plan, GroupPlan) else {"": apply}

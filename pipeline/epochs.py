@@ -33,10 +33,9 @@ class Epochs:
 
     def __post_init__(self) -> None:
         check_flag("drop_last", self.drop_last)
-        check_whole("batch_size", self.batch_size, least=1)
-        check_whole("seed", self.seed, least=0)
-        check_whole("world_size", self.world_size, least=1)
-        check_whole("rank", self.rank, least=0)
+        for name, least in (("batch_size", 1), ("seed", 0), ("world_size", 1), ("rank", 0)):
+            # A number of NumPy would overflow where one of Python does not.
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), least=least))
         if self.rank >= self.world_size:
             raise InputError(
                 f"rank is less than world_size; got rank {show(self.rank)} of {show(self.world_size)}; "

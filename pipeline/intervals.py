@@ -159,7 +159,7 @@ def split_rows(
     """
     rows = check_whole("rows", rows, least=1, most=MOST_ROWS)
     length = check_whole("length", length, least=1)
-    check_whole("seed", seed, least=0)
+    seed = check_whole("seed", seed, least=0)
     check_choice("by", by, get_args(By))
     if not isinstance(fractions, Mapping | Sequence | np.ndarray) or isinstance(fractions, str | bytes):
         raise InputError(f"fractions are a list, or a mapping of names to them; got {show(fractions)}; try (0.8, 0.2)")

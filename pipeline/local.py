@@ -86,8 +86,7 @@ def local_kwargs(
     processes = kwargs["processes"]
     check_flag("processes", processes)
     for key, least in (("n_workers", 0 if workers > 1 else 1), ("threads_per_worker", 1)):
-        value = kwargs.setdefault(key, least)
-        check_whole(key, value, least=least)
+        kwargs[key] = check_whole(key, kwargs.get(key, least), least=least)
     workers = max(workers, kwargs["n_workers"])
     if "threads_per_worker" not in given | overrides:
         kwargs["threads_per_worker"] = math.ceil(max(_MIN_THREADS, CPU_COUNT) / workers)

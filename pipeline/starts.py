@@ -76,7 +76,7 @@ def draw_starts(
     """
     rows, length = _check_window(rows, length)
     count = check_whole("count", count, least=1)
-    check_whole("seed", seed, least=0)
+    seed = check_whole("seed", seed, least=0)
     check_flag("replace", replace)
     check_flag("overlap", overlap)
     _check_fit(count, "draw and run them in parts, each with a seed and an output of its own")

@@ -188,7 +188,7 @@ def prepare_verification(
     """Decide what is compared with what, look at names and metadata, and draw what is read."""
     if isinstance(subset, bool) or not isinstance(subset, int | float | np.number) or not 0 < subset <= 1:
         raise InputError(f"a subset is a part of all, more than 0 and at most 1; got {show(subset)}; give such as 0.1")
-    check_whole("seed", seed, least=0)
+    seed = check_whole("seed", seed, least=0)
     if manifest is not None:
         check_path("manifest", manifest)
     target, storage = locate_files(path, storage_options)

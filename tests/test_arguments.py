@@ -347,6 +347,21 @@ def test_numbers_with_more_digits_than_python_writes():
             pipeline.draw_starts(**{"rows": 300, "length": 16, "count": 5, "seed": 0} | change)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint64])
+def test_numbers_of_numpy_are_numbers(here, kind):
+    """They count as those of Python do, and overflow nowhere."""
+    for large in ({}, {"world_size": kind(np.iinfo(kind).max)}):
+        how = {"rank": kind(1), "world_size": kind(2), "seed": kind(3), "prefetch": kind(2), "epoch": kind(1)} | large
+        plain = {name: int(value) for name, value in how.items()}
+        with (
+            np.errstate(all="raise"),
+            pipeline.iter_batches(plan(), kind(2), shuffle=True, **how) as made,
+            pipeline.iter_batches(plan(), 2, shuffle=True, **plain) as expected,
+        ):
+            for got, want in zip(list(made), list(expected), strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
 def test_ranks_of_a_world_without_end(here):
     """Each has one window, from the beginning again where there are less; nothing is laid out for the others."""
     world = 10**18
