@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from dataclasses import dataclass
 
 import h5py
@@ -211,6 +212,16 @@ def write_case(path, case):
             made.id.write_direct_chunk(corner, raw, full)
         if case.resized is not None:
             made.resize(case.resized)
+
+
+@pytest.mark.parametrize("stored", [b"", b"123", b"1234"])
+def test_no_more_than_a_checksum(tmp_path, stored):
+    with h5py.File(tmp_path / "A.h5", "w") as file:
+        made = create(file, "test", (1,), h5py.h5t.IEEE_F64LE, chunked((1,), ("fletcher32", "gzip")))
+        made[:] = 1
+        made.id.write_direct_chunk((0,), zlib.compress(stored))
+    with pytest.raises(IntegrityError, match="its checksum"):
+        open_source(tmp_path / "A.h5", dataset="test").read_rows(0, 1)
 
 
 def writes(path, case):
