@@ -188,7 +188,7 @@ class UrlBucket:
                 got = await obstore.get_async(self.store.store, key)
                 if got.meta["size"] > _DOCUMENT_NBYTES:
                     raise OpenError(
-                        f"{self.url}/{key} has {got.meta['size']:,} bytes, which is no document of ours; remove it, "
+                        f"{self.url}/{key} has {got.meta['size']:,} bytes, too many for a document; remove it, "
                         f"or choose another name"
                     )
                 return bytes(await got.bytes_async()), _held(got.meta)

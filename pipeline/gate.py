@@ -11,7 +11,7 @@ _ORIGINS = "distributed.scheduler.dashboard.bokeh-application.allow_websocket_or
 
 
 def guard_dashboards(client: distributed.Client) -> None:
-    """Have scheduler and workers of a running cluster of ours, later ones, too, refuse what `make_gate` does."""
+    """Have the scheduler and all workers, later ones too, of a running cluster refuse what `make_gate` does."""
     guard, gate = make_gate()
     client.run_on_scheduler(guard)
     client.register_plugin(gate)

@@ -166,7 +166,7 @@ def _try_lock(path: Path, name: Path, fds: list[int]) -> Hold:
         if isinstance(error, OutputExistsError) or not is_refused(error) or not lock.exists():
             raise
         os.close(fds.pop())
-        note_refusal(folder, "flock", "two runs on one output are told apart by a claim that each renews")
+        note_refusal(folder, "flock", "each run on an output keeps a claim file, which it renews")
         return Hold(name, folder, fds, _Claim.take(folder, name))
     return Hold(name, folder, fds, None)
 

@@ -123,7 +123,7 @@ def _put(page: str, place: Path) -> None:
             file.write(page)
         # Somebody may have put something else there since the run began.
         if os.path.lexists(place) and not _is_ours(place):
-            raise FileExistsError("what is there is no performance report of ours")
+            raise FileExistsError("what is there is not a performance report of this program")
         move_file(partial, place)
     finally:
         partial.unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def _complain(path: Path, error: Exception) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a report of ours is at `path`, and of this user."""
+    """Whether a report that this program wrote, owned by this user, is at `path`."""
     try:
         check_own(path, deep=False, published=True)
         return _MARK.encode() in read_document(path)[:_MARK_WITHIN]

@@ -162,7 +162,7 @@ def served(monkeypatch):
 def test_documents_on_a_server_are_bounded(served, monkeypatch):
     served.put("out.zarr.partial/request.json", b"0123456789a")
     monkeypatch.setattr(buckets, "_DOCUMENT_NBYTES", 10)
-    with pytest.raises(pipeline.OpenError, match=r"request\.json has 11 bytes, which is no document of ours"):
+    with pytest.raises(pipeline.OpenError, match=r"request\.json has 11 bytes, too many for a document"):
         Ledger(served, "out.zarr.partial/").read()
 
 

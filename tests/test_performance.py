@@ -193,7 +193,7 @@ def test_what_becomes_a_link_under_way_is_not_written_through(tmp_path, capsys, 
     assert dear.read_text() == MARK + "dear"
     assert list((tmp_path / "victim").iterdir()) == [dear]
     if level == "file":
-        assert "is no performance report of ours" in capsys.readouterr().err
+        assert "is not a performance report of this program" in capsys.readouterr().err
     else:
         assert MARK in (tmp_path / "away" / "R.html").read_text()
 
