@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from pipeline.writeback import store
 
 # Its hooks come before the first fork.
-importlib.import_module("pipeline.forking")
+importlib.import_module("pipeline.process")
 
 _HOMES = {
     "Batches": "batches",

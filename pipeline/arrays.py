@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, PipelineError, find_shortage
-from pipeline.locations import AccessError, Url, name_store, plain, say_failure, store_error
+from pipeline.listing import hurried, read_key
+from pipeline.locations import AccessError, Url, name_store, plain, say_failure
 from pipeline.memory import budget
 from pipeline.notice import read_notice
 from pipeline.sizes import format_size
@@ -108,33 +109,6 @@ def open_root(store: Store, name: str) -> zarr.Array[Any] | zarr.Group:
         return zarr.open(store=store, mode="r", zarr_format=3 if key == "zarr.json" else 2)
     except Exception as error:  # noqa: BLE001 (zarr raises what its parsers raise)
         raise _unreadable(name, error) from plain(error)
-
-
-def hurried(store: Store) -> Store:
-    """Return a store that gives up within seconds, where it can: who asks for the first time wants to know soon."""
-    made: Store = getattr(store, "hurried", lambda: store)()
-    return made
-
-
-@pinned_config()
-def read_key(store: Store, key: str) -> bytes | None:
-    """Return the bytes under a key of a store; None where it is absent.
-
-    Raises
-    ------
-    AccessError
-        If the store refuses.
-    OpenError
-        If it fails.
-    """
-    from zarr.core.buffer import cpu
-    from zarr.core.sync import sync
-
-    try:
-        buffer = sync(store.get(key, cpu.buffer_prototype))
-    except Exception as error:  # noqa: BLE001 (a store raises what it likes)
-        raise store_error("a store can be read", f"{name_store(store)}/{key}", error) from plain(error)
-    return None if buffer is None else buffer.to_bytes()
 
 
 @pinned_config()

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.arrays import locate_array, open_array, open_stored, read_filled, read_present, reading_config
-from pipeline.conventions import Labels, encode_fill
+from pipeline.checksums import digest_array
+from pipeline.conventions import ATTRIBUTE, Labels, encode_fill
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, find_shortage
-from pipeline.journal import digest_array
 from pipeline.layout import array_files
 from pipeline.locations import plain, say_failure
 from pipeline.memory import budget, held_nbytes
-from pipeline.record import ATTRIBUTE
 from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:

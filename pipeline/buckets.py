@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pipeline.checksums import extend_crc32
 from pipeline.errors import InputError, NotFoundError, OpenError
 from pipeline.fetching import run
-from pipeline.forking import renewed
-from pipeline.keys import is_cut, list_told
+from pipeline.listing import is_cut, list_told
 from pipeline.locations import BUCKETS, MEMORY, WEB, plain, say_failure, store_error
-from pipeline.record import extend_crc32
+from pipeline.process import renewed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence

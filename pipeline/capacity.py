@@ -13,8 +13,8 @@ from dask.base import get_scheduler
 
 from pipeline.arguments import check_whole
 from pipeline.errors import BudgetError, IncompleteError, InputError
-from pipeline.forking import DISTRIBUTED
 from pipeline.memory import Budget, budget, held_nbytes, resident_nbytes
+from pipeline.process import DISTRIBUTED
 from pipeline.sizes import MIB, format_size
 
 _ASK_SECONDS = 3

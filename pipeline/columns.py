@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.arguments import check_dtype, check_numbers, show
+from pipeline.checksums import digest_array
 from pipeline.errors import InputError, IntegrityError
-from pipeline.journal import digest_array
 from pipeline.sources import is_numeric
 
 if TYPE_CHECKING:
@@ -276,21 +276,3 @@ def find_lost(made: NDArray[Any], cast: NDArray[Any]) -> NDArray[np.bool_] | Non
         return None
     lost = np.isfinite(made) & ~np.isfinite(cast)
     return lost if lost.any() else None
-
-
-def asked_rows(ascending: NDArray[np.int64], length: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return rows of which no window has any as -1, and the others as they are.
-
-    Parameters
-    ----------
-    ascending
-        (k,) starts of the windows, sorted.
-    """
-    last = np.searchsorted(ascending, rows, side="right") - 1
-    return np.where((last >= 0) & (rows - ascending[np.maximum(last, 0)] < length), rows, -1)
-
-
-def window_rows(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Rows of windows, one after the other: (k * length,)."""
-    rows: NDArray[np.int64] = np.add.outer(starts, np.arange(length)).reshape(-1)
-    return rows

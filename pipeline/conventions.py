@@ -160,3 +160,7 @@ def _as_text(value: Any) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+ATTRIBUTE = "random-windows"
+"""Key of our own attributes in what we write: says what it is, and what its files hold."""

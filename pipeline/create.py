@@ -20,7 +20,6 @@ from pipeline.encoding import slab_nbytes
 from pipeline.errors import InputError
 from pipeline.filesystem import say_refusals
 from pipeline.journal import Request
-from pipeline.markup import html_table, text_line
 from pipeline.matrix import Matrix, open_single
 from pipeline.memory import budget, parse_size
 from pipeline.outputs import find_output
@@ -28,7 +27,7 @@ from pipeline.progress import shown
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.sights import source_sights
-from pipeline.sizes import count_of, format_size, list_some
+from pipeline.sizes import count_of, format_size, html_table, list_some, text_line
 from pipeline.sources import Source, open_source, referred_files
 from pipeline.stamps import stamp_source
 from pipeline.tasks import Receipt, name_tasks

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arrays import may_lack_chunks, read_present
-from pipeline.columns import asked_rows
 from pipeline.decoders import chunk_decoder, fill_value
 from pipeline.errors import IntegrityError, PipelineError, find_shortage
 from pipeline.fetching import in_flight, in_order
@@ -21,6 +20,7 @@ from pipeline.layout import Files
 from pipeline.locations import is_store_failure, plain, say_failure, store_error
 from pipeline.plan import GAP_NBYTES, IN_FLIGHT_NBYTES, JOINED_NBYTES, READ_NBYTES, REQUEST_NBYTES
 from pipeline.preads import Reading, announce, open_file, read_fully
+from pipeline.rows import asked_rows, touched_units
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -477,13 +477,3 @@ def copy_runs(
     step = max(1, _COPIED_NBYTES // window.itemsize)
     for begin in range(0, len(tops), step):
         targets[places[begin : begin + step]] = sliding[tops[begin : begin + step]]
-
-
-def touched_units(first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Each number in any of the ranges [first[i], last[i]], ascending, once."""
-    # Many windows in few units are many equal ranges, one after the other.
-    changed = np.r_[True, (np.diff(first) != 0) | (np.diff(last) != 0)]
-    first, last = first[changed], last[changed]
-    counts = last - first + 1
-    steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.unique(np.repeat(first, counts) + steps)

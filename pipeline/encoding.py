@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
+from pipeline.checksums import FileRecord, extend_crc32
 from pipeline.chunks import CHECKSUM_NBYTES
 from pipeline.errors import IntegrityError
 from pipeline.filesystem import advise, flush, move_file
 from pipeline.layout import Files
-from pipeline.record import FileRecord, extend_crc32, record_file
+from pipeline.record import record_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
-import numpy as np
 
+from pipeline.checksums import FileRecord
 from pipeline.filesystem import flush, move_file
-from pipeline.record import FileRecord
 from pipeline.trust import Natural, Positive, decode, is_key, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from numpy.typing import NDArray
 
 _VERSION = 1
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
@@ -59,11 +57,6 @@ class Request:
         return sorted(
             name for name in names if not (isinstance(other.get(name), str) and self.facts.get(name) == other[name])
         )
-
-
-def digest_array(array: NDArray[Any]) -> str:
-    """SHA-256 of the values, hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()
 
 
 class Journal:

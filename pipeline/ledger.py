@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from pipeline.buckets import TakenError, put_once
+from pipeline.checksums import FileRecord
 from pipeline.errors import OpenError, OutputExistsError
 from pipeline.notice import Making  # noqa: TC001 (msgspec reads annotations)
-from pipeline.record import FileRecord
 from pipeline.redaction import plain_words
 from pipeline.trust import Key, Natural, Positive, decode
 

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.arguments import check_mapping, check_path
-from pipeline.errors import InputError, OpenError, PipelineError
+from pipeline.errors import InputError, OpenError, OutputExistsError, PipelineError
 from pipeline.redaction import scrub
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    # SELF from x import Location, Url
+
 
 type Location = Path | Url
 
@@ -253,3 +256,24 @@ def plain(error: Exception) -> Exception:
     while cause is not None and not is_store_failure(cause) and scrub(str(cause)) == str(cause):
         cause = cause.__cause__ or cause.__context__
     return error if cause is None else OpenError(f"{type(error).__name__}: {say_failure(error)}")
+
+
+def check_apart(location: Location, inputs: Iterable[str | Path | Url]) -> None:
+    """Raise OutputExistsError where an output is one of its inputs, lies inside of one, or holds one."""
+    own = [_parts(each) for each in (location, location.with_name(location.name + ".partial"))]
+    for source in map(locate, inputs):
+        parts = _parts(source)
+        for mine in own:
+            shared = min(len(mine), len(parts))
+            if mine[:shared] == parts[:shared]:
+                raise OutputExistsError(
+                    f"an output lies apart from its input; {location} and {source} do not; name another"
+                )
+
+
+def _parts(location: Location) -> tuple[str, ...]:
+    """Names that lead to a place, from the top of what it lies in."""
+    if isinstance(location, Path):
+        return location.resolve().parts
+    # Options may lead to another server of the same bucket: refused all the same.
+    return (location.scheme, location.host, *filter(None, location.path.split("/")))

@@ -15,14 +15,12 @@ import numpy as np
 from pipeline.arguments import check_choice, check_flag, check_mapping, is_whole, show
 from pipeline.arrays import locate_array, open_folder, open_root, reading_config, refuse_group
 from pipeline.attributes import array_labels
-from pipeline.conventions import say_scaling
+from pipeline.conventions import ATTRIBUTE, say_scaling
 from pipeline.errors import InputError, OpenError
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
 from pipeline.locations import Url, locate, name_store
-from pipeline.markup import html_table, text_line
-from pipeline.record import ATTRIBUTE
-from pipeline.sizes import count_of, format_size, list_some
+from pipeline.sizes import count_of, format_size, html_table, list_some, text_line
 from pipeline.sources import (
     FILE_SUFFIXES,
     FileSource,

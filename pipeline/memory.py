@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from pipeline.arguments import is_whole, show
 from pipeline.errors import BudgetError, InputError
-from pipeline.forking import renewed
+from pipeline.process import renewed
 from pipeline.sizes import format_size
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-from pipeline.record import ATTRIBUTE
+from pipeline.conventions import ATTRIBUTE
 from pipeline.trust import decode
 
 _KEY = "replaced by"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.encoding import writing_nbytes
-from pipeline.locations import locate
+from pipeline.locations import check_apart, locate
 from pipeline.publication import BucketOutput
 from pipeline.record import seal_folder
 from pipeline.shards import create_array, write_entries
 from pipeline.sights import output_sights
-from pipeline.staging import check_apart, check_destination, is_finished, is_result, stage_output
+from pipeline.staging import check_destination, is_finished, is_result, stage_output
 from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
+    from pipeline.checksums import FileRecord
     from pipeline.journal import Request
     from pipeline.locations import Location, Url
-    from pipeline.record import FileRecord
     from pipeline.sights import Sight
     from pipeline.staging import Stage as Staged
 

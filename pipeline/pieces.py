@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.columns import asked_rows, window_rows
 from pipeline.decoding import copy_runs
 from pipeline.plan import is_dense, joins
 from pipeline.preads import Reading
+from pipeline.rows import asked_rows, window_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

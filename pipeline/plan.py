@@ -13,9 +13,9 @@ from pipeline.columns import Part, Selection, select
 from pipeline.encoding import writing_nbytes
 from pipeline.errors import BudgetError
 from pipeline.keys import Keys
-from pipeline.markup import html_table, text_table
 from pipeline.memory import budget, held_nbytes, parse_size
-from pipeline.sizes import MIB, count_of, format_size
+from pipeline.rows import count_touched
+from pipeline.sizes import MIB, count_of, format_size, html_table, text_table
 from pipeline.starts import check_starts
 
 if TYPE_CHECKING:
@@ -522,21 +522,6 @@ def _cost(
     if not isinstance(layout.files, Keys):
         requests = 0
     return Cost(order, -(-len(ordered) // task_windows), chunks, nbytes, nbytes / wanted, scratch, requests)
-
-
-def count_touched(ascending: NDArray[np.int64], length: int, unit_rows: int) -> int:
-    """How many units of `unit_rows` rows tasks touch, each counted once a task.
-
-    Parameters
-    ----------
-    ascending
-        (t, k) starts of the windows of each task, sorted.
-    """
-    first = ascending // unit_rows
-    last = (ascending + (length - 1)) // unit_rows
-    # Sorted windows of one length end in order, too: what the one before has touched is not new.
-    shared = np.minimum(last[:, :-1] - first[:, 1:] + 1, last[:, 1:] - first[:, 1:] + 1)
-    return int((last - first).sum()) + first.size - int(np.maximum(shared, 0).sum())
 
 
 def _stretches(ordered: NDArray[np.int64], task_windows: int) -> Iterator[NDArray[np.int64]]:

@@ -9,8 +9,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.intervals import check_intervals, name_parts, split_rows
-from pipeline.markup import COLORS
-from pipeline.sizes import count_of, format_size
+from pipeline.sizes import COLORS, count_of, format_size
 from pipeline.starts import draw_starts
 
 if TYPE_CHECKING:

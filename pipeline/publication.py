@@ -50,14 +50,15 @@ from typing import TYPE_CHECKING, Any
 from pipeline.arrays import open_root
 from pipeline.buckets import TakenError, open_bucket, put_once
 from pipeline.capacity import active_client, shares_memory
+from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.ledger import Claim, Ledger
-from pipeline.locations import MEMORY
+from pipeline.locations import MEMORY, check_apart
 from pipeline.notice import read_notice, say_notice
-from pipeline.record import ATTRIBUTE, METADATA, FileRecord, parse_record, seal_document
+from pipeline.record import METADATA, parse_record, seal_document
 from pipeline.shards import create_array
 from pipeline.sizes import count_of, format_size
-from pipeline.staging import check_apart, say_kept
+from pipeline.staging import say_kept
 from pipeline.uploads import MOST_NBYTES, ObjectWriter, Upload, uploading_nbytes
 from pipeline.zarrconfig import pinned_config
 
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     import zarr
 
     from pipeline.buckets import Bucket, Held
+    from pipeline.checksums import FileRecord
     from pipeline.journal import Request
     from pipeline.locations import Url
     from pipeline.record import Record

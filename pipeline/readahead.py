@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.capacity import active_client, closed_error, count_threads, fit_memory, is_in_task
+from pipeline.checksums import digest_array
 from pipeline.errors import BudgetError
 from pipeline.failures import stopped_error
-from pipeline.journal import digest_array
 from pipeline.placing import fill_array, new_array
 from pipeline.plan import BLOCK_NBYTES, Task
 from pipeline.report import watched

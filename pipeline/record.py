@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
 
+from pipeline.checksums import FileRecord, extend_crc32
+from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import IntegrityError, OpenError
 from pipeline.filesystem import flush, is_ghost, move_file, open_regular
 from pipeline.redaction import plain_words
@@ -21,38 +22,9 @@ from pipeline.trust import Natural, is_key, read_document
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from numpy.typing import NDArray
 
-ATTRIBUTE = "random-windows"
-"""Key of our own attributes in what we write: says what it is, and what its files hold."""
 METADATA = "zarr.json"
 _STEP_NBYTES = 4 * 2**20
-_ENTRIES_NBYTES = 2**20
-
-
-def extend_crc32(checksum: int, data: Any) -> int:
-    """Extend a crc32 by more bytes.
-
-    Not crc32c: where each part of a file ends in its own crc32c, that of the whole tells of the parts' sizes alone.
-
-    Examples
-    --------
-    >>> extend_crc32(extend_crc32(0, b"1234"), b"56789") == 0xCBF43926
-    True
-    """
-    return zlib.crc32(data, checksum)
-
-
-class FileRecord(NamedTuple):
-    """One file as it was written."""
-
-    key: str
-    """Path below the output's folder, with slashes."""
-    nbytes: int
-    crc32: int
-    """Of all its bytes; see `extend_crc32`."""
-    tag: str = ""
-    """What an object store calls these bytes; empty for a file in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +57,6 @@ def record_file(root: Path, key: str, *, extend: Callable[[int, Any], int] = ext
             checksum = extend(checksum, buffer[:got])
             nbytes += got
     return FileRecord(key, nbytes, checksum)
-
-
-def record_entries(array: NDArray[Any], places: NDArray[np.int64]) -> FileRecord:
-    """Tell what entries of an array hold, one after the other; the key is empty."""
-    checksum = 0
-    step = max(1, _ENTRIES_NBYTES // max(1, array[:1].nbytes))
-    for first in range(0, len(places), step):
-        entries = np.ascontiguousarray(array[places[first : first + step]])
-        checksum = extend_crc32(checksum, entries.reshape(-1).view(np.uint8))
-    return FileRecord("", len(places) * array[:1].nbytes, checksum)
 
 
 def seal_folder(root: Path, files: Iterable[FileRecord], ours: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from pipeline.capacity import active_client, count_threads, own_scheduler, share
 from pipeline.errors import IncompleteError
 from pipeline.failures import Retries, stopped_error
 from pipeline.flights import Flight, name_span
-from pipeline.forking import after_fork, renewed
 from pipeline.losses import Unobserved
+from pipeline.process import after_fork, renewed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -18,7 +18,7 @@ from pipeline.clusterfile import key_lines, merged_settings
 from pipeline.fetching import concurrency
 from pipeline.memory import budget, parse_size
 from pipeline.progress import VARIABLE, read_setting
-from pipeline.secrecy import without_secrets
+from pipeline.redaction import without_secrets
 from pipeline.security import address_encryption
 from pipeline.sizes import format_size
 from pipeline.zarrconfig import FUSED_PIPELINE, user_setting

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from zarr.abc.store import Store
 
+    from pipeline.checksums import FileRecord
     from pipeline.layout import Layout
-    from pipeline.record import FileRecord
 
 Compression = Literal["zstd", "blosc"]
 

@@ -17,7 +17,7 @@ import distributed
 from pipeline.deployments import check_keys, keywords_of, mapping_of
 from pipeline.errors import InputError
 from pipeline.launch import launch
-from pipeline.secrecy import secret_settings
+from pipeline.redaction import secret_settings
 from pipeline.security import (
     Encryption,
     check_dashboard,

@@ -41,7 +41,6 @@ from pipeline.filesystem import (
 )
 from pipeline.holding import NAMES, hold, refuse_held
 from pipeline.journal import Journal
-from pipeline.locations import locate
 from pipeline.npy import is_whole_npy, read_mark
 from pipeline.record import METADATA, list_files, read_record, record_file
 from pipeline.sizes import count_of, format_size
@@ -50,10 +49,9 @@ from pipeline.trust import check_own
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from pipeline.checksums import FileRecord
     from pipeline.holding import Hold
     from pipeline.journal import Request
-    from pipeline.locations import Location, Url
-    from pipeline.record import FileRecord
 
 _AT_FDCWD, _EXCHANGE = -100, 2
 """Of `renameat2(2)`."""
@@ -309,27 +307,6 @@ def _sync_tree(output: Path) -> None:
             if name.endswith(".json"):
                 sync_path(Path(folder, name))
         sync_path(Path(folder))
-
-
-def check_apart(location: Location, inputs: Iterable[str | Path | Url]) -> None:
-    """Raise OutputExistsError where an output is one of its inputs, lies inside of one, or holds one."""
-    own = [_parts(each) for each in (location, location.with_name(location.name + ".partial"))]
-    for source in map(locate, inputs):
-        parts = _parts(source)
-        for mine in own:
-            shared = min(len(mine), len(parts))
-            if mine[:shared] == parts[:shared]:
-                raise OutputExistsError(
-                    f"an output lies apart from its input; {location} and {source} do not; name another"
-                )
-
-
-def _parts(location: Location) -> tuple[str, ...]:
-    """Names that lead to a place, from the top of what it lies in."""
-    if isinstance(location, Path):
-        return location.resolve().parts
-    # Options may lead to another server of the same bucket: refused all the same.
-    return (location.scheme, location.host, *filter(None, location.path.split("/")))
 
 
 def check_destination(path: Path, *, nbytes: int, resume: bool = False, overwrite: bool) -> None:

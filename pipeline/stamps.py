@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.arrays import read_key
-from pipeline.decoding import touched_units
 from pipeline.errors import IntegrityError, OpenError
 from pipeline.files import change_time
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Files, PlainFiles, array_files
+from pipeline.listing import read_key
 from pipeline.locations import name_store
+from pipeline.rows import touched_units
 from pipeline.sizes import count_of
 from pipeline.sources import FileSource, StackedSource, ZarrSource
 from pipeline.zarrconfig import pinned_config
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.files import FileStamp
-    from pipeline.keys import Found, Keys
+    from pipeline.keys import Keys
+    from pipeline.listing import Found
     from pipeline.matrix import Matrix
     from pipeline.sources import Source
 

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.arrays import hurried, read_key
 from pipeline.errors import IntegrityError, OpenError, PipelineError
 from pipeline.fetching import concurrency, gather, in_order
 from pipeline.filesystem import advise
-from pipeline.keys import list_keys
+from pipeline.listing import hurried, list_keys, read_key
 from pipeline.locations import name_store, plain, store_error
 from pipeline.trust import read_document
 

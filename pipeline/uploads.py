@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.buckets import TakenError, digest_content
+from pipeline.checksums import FileRecord, extend_crc32
 from pipeline.encoding import encode_plain, encoded_nbytes, writing_nbytes
 from pipeline.errors import IntegrityError, PipelineError
 from pipeline.layout import read_layout
-from pipeline.record import FileRecord, extend_crc32
 from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.arguments import check_flag
 from pipeline.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
-from pipeline.columns import window_rows
+from pipeline.checksums import digest_array
 from pipeline.conventions import Labels, cast_attributes
 from pipeline.errors import InputError
 from pipeline.filesystem import say_refusals
 from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
-from pipeline.journal import Request, digest_array
+from pipeline.journal import Request
 from pipeline.outputs import find_output
 from pipeline.progress import shown
+from pipeline.rows import window_rows
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import SHARD_NBYTES, cut_results
 from pipeline.sights import matrix_sights
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.capacity import Footprint
+    from pipeline.checksums import FileRecord
     from pipeline.locations import Location
     from pipeline.outputs import Output, Stage, Writer
     from pipeline.plan import Cost, Order, Plan, Task
-    from pipeline.record import FileRecord
     from pipeline.report import Watch
     from pipeline.shards import Cut
     from pipeline.stamps import Stamp

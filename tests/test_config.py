@@ -18,7 +18,7 @@ from pipeline import settings as module
 from pipeline.choice import choose_cluster, plan_deployment
 from pipeline.clusterfile import merged_settings, read_spec
 from pipeline.errors import InputError
-from pipeline.secrecy import HIDDEN, without_secrets
+from pipeline.redaction import HIDDEN, without_secrets
 
 SHIPPED = Path(__file__).parents[1] / "cluster.yaml"
 

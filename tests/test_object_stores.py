@@ -182,7 +182,7 @@ class TestWhatIsAsked:
     def test_presence_is_told_by_pages_of_a_listing(self, layouts, monkeypatch, tmp_path, bucket):
         """With pages of ten keys, instead of a thousand."""
         monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
-        monkeypatch.setattr("pipeline.keys._PAGE_KEYS", 10)
+        monkeypatch.setattr("pipeline.listing._PAGE_KEYS", 10)
         with services.s3_server(tmp_path) as endpoint:
             services.make_bucket(endpoint, "paged")
             monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)

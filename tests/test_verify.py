@@ -13,7 +13,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 import pipeline
-from pipeline.record import extend_crc32
+from pipeline.checksums import extend_crc32
 from pipeline.report import Watch
 from pipeline.storage import Folder, checksum
 from pipeline.verification import prepare_verification

@@ -1,4 +1,6 @@
-"""What a forked child may not use of its parent: threads do not survive a fork, and whoever asks them waits for ever.
+"""The life of this process: what a forked child must not use of its parent, and what is closed at exit.
+
+Threads do not survive a fork, and a child that waits for one waits for ever.
 
 Python resets its own locks, zarr and fsspec their event loops. This module resets what a child inherits of Dask and
 distributed, and calls what other modules of this package register.
@@ -6,12 +8,17 @@ distributed, and calls what other modules of this package register.
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.thread  # noqa: F401 (registers before this module does)
+import contextlib
+import itertools
 import os
 import sys
 import threading
+import weakref
 from contextlib import suppress
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,3 +128,41 @@ def _keep_processes() -> None:
 
 if _has_dead_threads():
     _reset_dask()
+
+
+class Closable(Protocol):
+    """What ends when it is closed, such as a generator."""
+
+    def close(self) -> object:
+        """End; once more does nothing."""
+
+
+_numbers = itertools.count()
+_open: weakref.WeakValueDictionary[int, Closable] = weakref.WeakValueDictionary()
+_ending = threading.Event()
+
+
+def close_at_exit(opened: Closable) -> None:
+    """Close a generator, or what is like one, when the main thread ends, if it is still open, those begun last first.
+
+    Python would close it later, when what its `finally` clauses call may be gone, and print what they raise.
+    """
+    _open[next(_numbers)] = opened
+
+
+def is_ending() -> bool:
+    """Whether the main thread has ended, after which no thread pool takes work."""
+    return _ending.is_set()
+
+
+def _close_all() -> None:
+    _ending.set()
+    for opened in reversed(list(_open.values())):
+        # Another thread may be in it. No one is left who could act on what it raises.
+        with contextlib.suppress(Exception):
+            opened.close()
+
+
+# `atexit` comes too late: before it, Python waits until the pools of `concurrent.futures.thread`, which registers like
+# this when it is imported, have done all that they were asked for. What was registered last is called first.
+getattr(threading, "_register_atexit", atexit.register)(_close_all)
