@@ -16,7 +16,7 @@ from pipeline.arguments import check_choice, check_flag, check_whole
 from pipeline.arrays import locate_array
 from pipeline.attributes import Description
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
-from pipeline.encoding import slab_nbytes
+from pipeline.cost import slab_nbytes
 from pipeline.errors import InputError
 from pipeline.filesystem import say_refusals
 from pipeline.journal import Request

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.encoding import writing_nbytes
+from pipeline.cost import writing_nbytes
 from pipeline.locations import check_apart, locate
 from pipeline.publication import BucketOutput
 from pipeline.record import seal_folder

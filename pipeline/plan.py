@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.arguments import check_choice
 from pipeline.columns import Part, Selection, select
-from pipeline.encoding import writing_nbytes
+from pipeline.cost import writing_nbytes
 from pipeline.errors import BudgetError
 from pipeline.keys import Keys
 from pipeline.memory import budget, held_nbytes, parse_size

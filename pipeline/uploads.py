@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.buckets import TakenError, digest_content
 from pipeline.checksums import FileRecord, extend_crc32
-from pipeline.encoding import encode_plain, encoded_nbytes, writing_nbytes
+from pipeline.cost import writing_nbytes
+from pipeline.encoding import encode_plain, encoded_nbytes
 from pipeline.errors import IntegrityError, PipelineError
 from pipeline.layout import read_layout
 from pipeline.zarrconfig import pinned_config

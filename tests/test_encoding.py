@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline import encoding
-from pipeline.encoding import slab_nbytes, writing_nbytes
+from pipeline.cost import slab_nbytes, writing_nbytes
 from pipeline.errors import DiskSpaceError, OpenError
 from pipeline.shards import Compression, Cut, create_array, write_entries
 
@@ -48,7 +48,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_same_bytes_as_zarr(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: NDArray[Any], cut: Cut, slab: int
 ) -> None:
-    monkeypatch.setattr(encoding, "_SLAB_NBYTES", slab)
+    monkeypatch.setattr("pipeline.cost._SLAB_NBYTES", slab)
     asked: list[int] = []
 
     def read(start: int, stop: int) -> NDArray[Any]:
