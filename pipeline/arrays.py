@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, PipelineError, find_shortage
+from pipeline.formatting import format_size
 from pipeline.listing import hurried, read_key
 from pipeline.locations import AccessError, Url, name_store, plain, say_failure
 from pipeline.memory import budget
 from pipeline.notice import read_notice
-from pipeline.sizes import format_size
 from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from pipeline.arrays import locate_array, open_array, open_stored, read_filled, 
 from pipeline.checksums import digest_array
 from pipeline.conventions import ATTRIBUTE, Labels, encode_fill
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, find_shortage
+from pipeline.formatting import count_of, format_size
 from pipeline.layout import array_files
 from pipeline.locations import plain, say_failure
 from pipeline.memory import budget, held_nbytes
-from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     import zarr

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 from pipeline.arguments import check_flag, check_mapping, check_whole, is_whole, show
 from pipeline.epochs import Epochs
 from pipeline.errors import IncompleteError, InputError
+from pipeline.formatting import count_of
 from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.journal import Request
 from pipeline.process import close_at_exit, is_ending
 from pipeline.readahead import Member, Position, Reading
-from pipeline.sizes import count_of
 from pipeline.stamps import stamp_matrix
 from pipeline.tasks import Apply, prepare_work
 

@@ -13,9 +13,9 @@ from dask.base import get_scheduler
 
 from pipeline.arguments import check_whole
 from pipeline.errors import BudgetError, IncompleteError, InputError
+from pipeline.formatting import MIB, format_size
 from pipeline.memory import Budget, budget, held_nbytes, resident_nbytes
 from pipeline.process import DISTRIBUTED
-from pipeline.sizes import MIB, format_size
 
 _ASK_SECONDS = 3
 _OWN_NBYTES = 64 * MIB

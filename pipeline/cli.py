@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError, find_shortage
+from pipeline.formatting import count_of
 from pipeline.memory import check_address_space
 from pipeline.options import (
     common,
@@ -42,7 +43,6 @@ from pipeline.options import (
 from pipeline.pages import Verbs, answer_shell, complete_files
 from pipeline.redaction import plain_lines, scrub
 from pipeline.signals import Guard, Terminated
-from pipeline.sizes import count_of
 from pipeline.wording import (
     Measures,
     add_measures,

@@ -22,6 +22,7 @@ from pipeline.clusterfile import NO_FILE, merged_settings, one_line
 from pipeline.dashboard import dashboard_link, right_links, say_dashboard
 from pipeline.deployments import load_class
 from pipeline.errors import InputError, OpenError, PipelineError
+from pipeline.formatting import count_of
 from pipeline.gate import guard_dashboards
 from pipeline.jobs import count_processes, start_jobs
 from pipeline.launch import launch, open_workers
@@ -30,7 +31,6 @@ from pipeline.nannies import watch_exits
 from pipeline.process import close_at_exit
 from pipeline.redaction import plain_words
 from pipeline.security import Encryption, check_address, warn_of_plain
-from pipeline.sizes import count_of
 from pipeline.ssh import START_SECONDS, start_ssh
 from pipeline.startup import last_error, name_cause, remote_lines
 

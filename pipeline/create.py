@@ -19,6 +19,7 @@ from pipeline.capacity import Footprint, active_client, count_threads, fit_memor
 from pipeline.cost import slab_nbytes
 from pipeline.errors import InputError
 from pipeline.filesystem import say_refusals
+from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
 from pipeline.journal import Request
 from pipeline.matrix import Matrix, open_single
 from pipeline.memory import budget, parse_size
@@ -27,7 +28,6 @@ from pipeline.progress import shown
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.sights import source_sights
-from pipeline.sizes import count_of, format_size, html_table, list_some, text_line
 from pipeline.sources import Source, open_source, referred_files
 from pipeline.stamps import stamp_source
 from pipeline.tasks import Receipt, name_tasks

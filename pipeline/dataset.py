@@ -16,10 +16,10 @@ import numpy as np
 from pipeline.arguments import check_numbers, is_whole, show
 from pipeline.decoding import ArrayReader, ChunkReader, SortedWindows
 from pipeline.errors import InputError
+from pipeline.formatting import MIB, count_of
 from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.keys import Keys
 from pipeline.memory import parse_size
-from pipeline.sizes import MIB, count_of
 from pipeline.stamps import stamp_matrix
 from pipeline.tasks import call_apply, cast_result, prepare_work
 

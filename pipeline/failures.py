@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BudgetError, DiskSpaceError, IncompleteError, InputError, PipelineError
-from pipeline.sizes import format_size
+from pipeline.formatting import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

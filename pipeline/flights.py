@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from dask.base import annotate, get_annotations
 
 from pipeline.failures import Retries, Watchdog, killed_error, stopped_error, task_error
+from pipeline.formatting import count_of
 from pipeline.losses import Losses
-from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
     import threading

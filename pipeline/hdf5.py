@@ -32,9 +32,9 @@ from pipeline.filters import (
     refuse_excess,
     undo_filter,
 )
+from pipeline.formatting import list_some
 from pipeline.netcdf import read_labels
 from pipeline.references import Reference, find_references, hold, open_hdf5
-from pipeline.sizes import list_some
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.arguments import MOST_ROWS, check_array, check_choice, check_numbers, check_whole, show
 from pipeline.errors import InputError
-from pipeline.sizes import count_of
+from pipeline.formatting import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeline.formatting import count_of, format_size
 from pipeline.nannies import EXITS
-from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

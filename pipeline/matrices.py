@@ -13,9 +13,9 @@ from pipeline.arrays import refuse_group
 from pipeline.attributes import dimension_names
 from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import InputError, OpenError
+from pipeline.formatting import format_size, html_table, text_line
 from pipeline.locations import Url, plain, store_error
 from pipeline.matrix import FoundGroup, Matrix, open_found, open_single
-from pipeline.sizes import format_size, html_table, text_line
 from pipeline.sources import is_numeric, refuse_options
 from pipeline.zarrconfig import pinned_config
 

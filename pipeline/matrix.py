@@ -17,10 +17,10 @@ from pipeline.arrays import locate_array, open_folder, open_root, reading_config
 from pipeline.attributes import array_labels
 from pipeline.conventions import ATTRIBUTE, say_scaling
 from pipeline.errors import InputError, OpenError
+from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
 from pipeline.locations import Url, locate, name_store
-from pipeline.sizes import count_of, format_size, html_table, list_some, text_line
 from pipeline.sources import (
     FILE_SUFFIXES,
     FileSource,

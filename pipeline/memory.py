@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Self
 
 from pipeline.arguments import is_whole, show
 from pipeline.errors import BudgetError, InputError
+from pipeline.formatting import format_size
 from pipeline.process import renewed
-from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sized

@@ -17,8 +17,8 @@ import numpy as np
 
 from pipeline.errors import DiskSpaceError
 from pipeline.filesystem import flush, is_refused, open_regular, reserve, sync_path
+from pipeline.formatting import format_size
 from pipeline.sharing import FileArray
-from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,10 +12,10 @@ from pipeline.arguments import check_choice
 from pipeline.columns import Part, Selection, select
 from pipeline.cost import writing_nbytes
 from pipeline.errors import BudgetError
+from pipeline.formatting import MIB, count_of, format_size, html_table, text_table
 from pipeline.keys import Keys
 from pipeline.memory import budget, held_nbytes, parse_size
 from pipeline.rows import count_touched
-from pipeline.sizes import MIB, count_of, format_size, html_table, text_table
 from pipeline.starts import check_starts
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import InputError
+from pipeline.formatting import COLORS, count_of, format_size
 from pipeline.intervals import check_intervals, name_parts, split_rows
-from pipeline.sizes import COLORS, count_of, format_size
 from pipeline.starts import draw_starts
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from dask.callbacks import Callback
 from pipeline.arguments import check_flag
 from pipeline.capacity import active_client, count_threads, is_in_task, measure_workers
 from pipeline.errors import InputError
+from pipeline.formatting import count_of, format_size
 from pipeline.memory import held_nbytes
 from pipeline.redaction import plain_words
 from pipeline.report import Watch, watched
-from pipeline.sizes import count_of, format_size
 from pipeline.tasks import Receipt
 
 if TYPE_CHECKING:

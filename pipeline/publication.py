@@ -52,12 +52,12 @@ from pipeline.buckets import TakenError, open_bucket, put_once
 from pipeline.capacity import active_client, shares_memory
 from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
+from pipeline.formatting import count_of, format_size
 from pipeline.ledger import Claim, Ledger
 from pipeline.locations import MEMORY, check_apart
 from pipeline.notice import read_notice, say_notice
 from pipeline.record import METADATA, parse_record, seal_document
 from pipeline.shards import create_array
-from pipeline.sizes import count_of, format_size
 from pipeline.staging import say_kept
 from pipeline.uploads import MOST_NBYTES, ObjectWriter, Upload, uploading_nbytes
 from pipeline.zarrconfig import pinned_config

@@ -19,11 +19,11 @@ from pipeline.capacity import active_client, closed_error, count_threads, fit_me
 from pipeline.checksums import digest_array
 from pipeline.errors import BudgetError
 from pipeline.failures import stopped_error
+from pipeline.formatting import MIB
 from pipeline.placing import fill_array, new_array
 from pipeline.plan import BLOCK_NBYTES, Task
 from pipeline.report import watched
 from pipeline.sights import matrix_sights
-from pipeline.sizes import MIB
 from pipeline.tasks import Work, check_apply_travels
 from pipeline.workers import survey_workers
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.arguments import check_path
 from pipeline.checksums import extend_crc32
 from pipeline.errors import IntegrityError, OpenError, OutputExistsError
+from pipeline.formatting import count_of, format_size
 from pipeline.locations import check_apart
 from pipeline.manifest import Checksums, Manifest
 from pipeline.progress import shown
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
-from pipeline.sizes import count_of, format_size
 from pipeline.storage import Folder, checksum
 from pipeline.targets import locate_files, open_target
 from pipeline.tasks import Receipt

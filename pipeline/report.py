@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipeline.errors import InputError
+from pipeline.formatting import count_of, format_size, html_table, text_table
 from pipeline.memory import PeakMemory
 from pipeline.redaction import plain_words
-from pipeline.sizes import count_of, format_size, html_table, text_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

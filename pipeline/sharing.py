@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.filesystem import flush
+from pipeline.formatting import MIB
 from pipeline.memory import count_shared
-from pipeline.sizes import MIB
 
 try:
     import fcntl

@@ -39,11 +39,11 @@ from pipeline.filesystem import (
     rename,
     sync_path,
 )
+from pipeline.formatting import count_of, format_size
 from pipeline.holding import NAMES, hold, refuse_held
 from pipeline.journal import Journal
 from pipeline.npy import is_whole_npy, read_mark
 from pipeline.record import METADATA, list_files, read_record, record_file
-from pipeline.sizes import count_of, format_size
 from pipeline.trust import check_own
 
 if TYPE_CHECKING:

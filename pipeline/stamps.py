@@ -14,12 +14,12 @@ import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError
 from pipeline.files import change_time
+from pipeline.formatting import count_of
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Files, PlainFiles, array_files
 from pipeline.listing import read_key
 from pipeline.locations import name_store
 from pipeline.rows import touched_units
-from pipeline.sizes import count_of
 from pipeline.sources import FileSource, StackedSource, ZarrSource
 from pipeline.zarrconfig import pinned_config
 

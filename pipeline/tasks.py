@@ -19,9 +19,9 @@ from pipeline.arguments import check_choice, show
 from pipeline.arrays import check_decodable
 from pipeline.columns import find_lost
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
+from pipeline.formatting import count_of
 from pipeline.groupplan import GroupPlan, check_plan
 from pipeline.readers import DirectReader, choose_reader
-from pipeline.sizes import count_of
 from pipeline.sources import is_numeric
 
 if TYPE_CHECKING:

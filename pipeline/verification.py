@@ -15,12 +15,12 @@ import numpy as np
 from pipeline.arguments import check_path, check_whole, show
 from pipeline.checksums import extend_crc32
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
+from pipeline.formatting import count_of, format_size
 from pipeline.inspection import Place, StoredArray, describe_arrays, say_runs
 from pipeline.manifest import Manifest
 from pipeline.progress import shown
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
 from pipeline.record import METADATA, parse_record
-from pipeline.sizes import count_of, format_size
 from pipeline.storage import Folder, Objects, checksum
 from pipeline.targets import DOCUMENTS, is_document, locate_files, open_target
 from pipeline.tasks import Receipt

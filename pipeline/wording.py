@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.filesystem import count_free
+from pipeline.formatting import count_of, format_size
 from pipeline.locations import Url
 from pipeline.report import STAGES, loss_facts, name_limit, rerun_numbers, say_filled, share_seconds
-from pipeline.sizes import count_of, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

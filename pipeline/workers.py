@@ -19,9 +19,9 @@ import numpy as np
 from pipeline.capacity import active_client, shares_memory
 from pipeline.cluster import await_worker
 from pipeline.errors import OpenError, PipelineError
+from pipeline.formatting import count_of
 from pipeline.security import is_plain
 from pipeline.sharing import open_handle, share_memory
-from pipeline.sizes import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -16,6 +16,7 @@ from pipeline.checksums import digest_array
 from pipeline.conventions import Labels, cast_attributes
 from pipeline.errors import InputError
 from pipeline.filesystem import say_refusals
+from pipeline.formatting import MIB
 from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
 from pipeline.journal import Request
@@ -25,7 +26,6 @@ from pipeline.rows import window_rows
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import SHARD_NBYTES, cut_results
 from pipeline.sights import matrix_sights
-from pipeline.sizes import MIB
 from pipeline.stamps import stamp_matrix
 from pipeline.tasks import check_apply_travels, check_order, make_block, name_tasks, prepare_work
 from pipeline.workers import survey_workers

@@ -6,8 +6,8 @@ import pytest
 
 from pipeline import capacity
 from pipeline.errors import BudgetError
+from pipeline.formatting import MIB
 from pipeline.memory import Budget
-from pipeline.sizes import MIB
 
 
 @pytest.fixture

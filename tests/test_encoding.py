@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pipeline import encoding
 from pipeline.cost import slab_nbytes, writing_nbytes
 from pipeline.errors import DiskSpaceError, OpenError
 from pipeline.shards import Compression, Cut, create_array, write_entries

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline.sizes import html_table
+from pipeline.formatting import html_table
 
 NASTY = "<script>alert(1)</script> & \"quoted\" 'too'"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.sizes import MIB
+from pipeline.formatting import MIB
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.bench.lineup import LINEUP, Contender
 from pipeline.errors import BudgetError
+from pipeline.formatting import format_size
 from pipeline.memory import budget
-from pipeline.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable

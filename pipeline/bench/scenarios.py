@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.create import create_matrix
 from pipeline.errors import InputError, IntegrityError
 from pipeline.filesystem import sync_path
-from pipeline.sizes import MIB, format_size
+from pipeline.formatting import MIB, format_size
 from pipeline.staging import check_destination
 from pipeline.starts import draw_starts
 
