@@ -15,18 +15,18 @@ import numpy as np
 
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, PipelineError, find_shortage
 from pipeline.formatting import format_size
-from pipeline.listing import hurried, read_key
-from pipeline.locations import AccessError, Url, name_store, plain, say_failure
 from pipeline.memory import budget
 from pipeline.notice import read_notice
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.listing import hurried, read_key
+from pipeline.storage.locations import AccessError, Url, name_store, plain, say_failure
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
     from zarr.abc.store import Store
 
-    from pipeline.locations import Location
+    from pipeline.storage.locations import Location
 
 _LISTED = 10
 """Names that an error lists at most."""

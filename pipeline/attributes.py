@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.arrays import locate_array, open_array, open_stored, read_filled, read_present, reading_config
-from pipeline.checksums import digest_array
 from pipeline.conventions import ATTRIBUTE, Labels, encode_fill
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, find_shortage
 from pipeline.formatting import count_of, format_size
 from pipeline.layout import array_files
-from pipeline.locations import plain, say_failure
 from pipeline.memory import budget, held_nbytes
+from pipeline.storage.checksums import digest_array
+from pipeline.storage.locations import plain, say_failure
 
 if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.locations import Location
+    from pipeline.storage.locations import Location
 
 ARRAY_NAME = re.compile(r"(?!__|zarr\.json$)[^./\\\x00-\x1f\ud800-\udfff][^/\\\x00-\x1f\ud800-\udfff]{0,199}")
 """What an array may be called in a Zarr group on the usual file systems."""
@@ -235,6 +235,6 @@ def _is_strict(values: NDArray[Any]) -> bool:
 def _open(place: Location) -> zarr.Array[Any]:
     if isinstance(place, Path):
         return open_array(place)
-    from pipeline.stores import open_store
+    from pipeline.storage.stores import open_store
 
     return open_stored(open_store(place, read_only=True), str(place))

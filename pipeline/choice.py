@@ -19,7 +19,7 @@ from pipeline.jobs import job_kwargs
 from pipeline.local import local_kwargs
 from pipeline.services import service_kwargs, starts_workers
 from pipeline.ssh import ssh_kwargs
-from pipeline.trust import read_document
+from pipeline.storage.trust import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

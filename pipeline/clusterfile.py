@@ -13,7 +13,7 @@ import yaml
 from pipeline.deployments import check_keys, load_class, name_class
 from pipeline.errors import InputError, NotFoundError, OpenError, PipelineError
 from pipeline.implicit import check_content, check_owner
-from pipeline.trust import read_document
+from pipeline.storage.trust import read_document
 
 if TYPE_CHECKING:
     import os

@@ -13,13 +13,10 @@ import numpy as np
 
 from pipeline.arguments import check_flag, check_path, show
 from pipeline.capacity import active_client, count_threads, fit_memory
-from pipeline.checksums import digest_array, record_entries
 from pipeline.errors import InputError, IntegrityError
-from pipeline.filesystem import say_refusals
 from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.identity import name_function
 from pipeline.journal import Request
-from pipeline.locations import check_apart, locate
 from pipeline.memory import budget, held_nbytes
 from pipeline.npy import create_npy, flush_npy, map_npy, mark_npy, reopen_npy
 from pipeline.placing import file_array, fill_array, is_large, new_array, own_array
@@ -28,6 +25,9 @@ from pipeline.sharing import FileArray
 from pipeline.sights import matrix_sights
 from pipeline.staging import check_destination, is_finished, is_result, stage_output
 from pipeline.stamps import stamp_matrix
+from pipeline.storage.checksums import digest_array, record_entries
+from pipeline.storage.filesystem import say_refusals
+from pipeline.storage.locations import check_apart, locate
 from pipeline.tasks import Apply, BlockShape, Receipt, Work, check_apply_travels, prepare_work
 from pipeline.workers import survey_workers
 

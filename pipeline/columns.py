@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.arguments import check_dtype, check_numbers, show
-from pipeline.checksums import digest_array
 from pipeline.errors import InputError, IntegrityError
 from pipeline.sources import is_numeric
+from pipeline.storage.checksums import digest_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,6 @@ from pipeline.attributes import Description
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
 from pipeline.cost import slab_nbytes
 from pipeline.errors import InputError
-from pipeline.filesystem import say_refusals
 from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
 from pipeline.journal import Request
 from pipeline.matrix import Matrix, open_single
@@ -30,6 +29,7 @@ from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.sights import source_sights
 from pipeline.sources import Source, open_source, referred_files
 from pipeline.stamps import stamp_source
+from pipeline.storage.filesystem import say_refusals
 from pipeline.tasks import Receipt, name_tasks
 from pipeline.workers import survey_workers
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import DTypeLike, NDArray
 
-    from pipeline.locations import Location, Url
     from pipeline.outputs import Output, Stage, Writer
     from pipeline.report import Watch
     from pipeline.stamps import Stamp
+    from pipeline.storage.locations import Location, Url
 
 _READ_SHARE = 0.25
 """Part of the memory budget that the rows of one task may take, where a source's chunks make long runs pay."""

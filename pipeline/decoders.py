@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.bounded import inflate, inflate_into
 from pipeline.chunks import CHECKSUM_NBYTES
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable

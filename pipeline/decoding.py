@@ -15,12 +15,12 @@ import numpy as np
 from pipeline.arrays import may_lack_chunks, read_present
 from pipeline.decoders import chunk_decoder, fill_value
 from pipeline.errors import IntegrityError, PipelineError, find_shortage
-from pipeline.fetching import in_flight, in_order
 from pipeline.layout import Files
-from pipeline.locations import is_store_failure, plain, say_failure, store_error
 from pipeline.plan import GAP_NBYTES, IN_FLIGHT_NBYTES, JOINED_NBYTES, READ_NBYTES, REQUEST_NBYTES
-from pipeline.preads import Reading, announce, open_file, read_fully
 from pipeline.rows import asked_rows, touched_units
+from pipeline.storage.concurrency import in_flight, in_order
+from pipeline.storage.locations import is_store_failure, plain, say_failure, store_error
+from pipeline.storage.preads import Reading, announce, open_file, read_fully
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.columns import Selection
-    from pipeline.fetching import Sized
     from pipeline.keys import Keys
+    from pipeline.storage.concurrency import Sized
 
 _OPEN_FILES = 64
 """Files that one task holds open at once; many tasks share a limit of 1,024."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from pipeline.checksums import FileRecord, extend_crc32
 from pipeline.chunks import CHECKSUM_NBYTES
 from pipeline.cost import slab_nbytes
 from pipeline.errors import IntegrityError
-from pipeline.filesystem import advise, flush, move_file
 from pipeline.layout import Files
 from pipeline.record import record_file
+from pipeline.storage.checksums import FileRecord, extend_crc32
+from pipeline.storage.filesystem import advise, flush, move_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

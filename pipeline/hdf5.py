@@ -19,7 +19,6 @@ import numpy as np
 
 from pipeline.bounded import ExcessError
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, PipelineError
-from pipeline.files import FileStamp, check_rows
 from pipeline.filters import (
     FAILURES,
     absent_filters,
@@ -35,6 +34,7 @@ from pipeline.filters import (
 from pipeline.formatting import list_some
 from pipeline.netcdf import read_labels
 from pipeline.references import Reference, find_references, hold, open_hdf5
+from pipeline.storage.files import FileStamp, check_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,9 +24,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import OutputExistsError
-from pipeline.filesystem import is_refused, note_refusal, pin, remove_empty, write_document
 from pipeline.redaction import plain_words
-from pipeline.trust import check_own, decode, read_document
+from pipeline.storage.filesystem import is_refused, note_refusal, pin, remove_empty, write_document
+from pipeline.storage.trust import check_own, decode, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
-from pipeline.trust import find_stranger
+from pipeline.storage.trust import find_stranger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,15 +14,15 @@ import numpy as np
 from pipeline.chunks import CHECKSUM_NBYTES, ShardIndex
 from pipeline.errors import IntegrityError
 from pipeline.layout import read_layout
-from pipeline.storage import checksum
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.base import checksum
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import zarr
 
-    from pipeline.storage import Opened
+    from pipeline.storage.base import Opened
 
 type Runs = tuple[tuple[int, int], ...]
 """Runs [first, stop) of rows, ascending, apart from one another."""

@@ -16,7 +16,6 @@ import dask
 from pipeline.clusterfile import OPEN_SETTINGS
 from pipeline.deployments import check_keys, keywords_of, mapping_of
 from pipeline.errors import InputError, OpenError
-from pipeline.filesystem import write_private
 from pipeline.launch import launch
 from pipeline.security import (
     Encryption,
@@ -29,6 +28,7 @@ from pipeline.security import (
     point_to,
     without_dashboard,
 )
+from pipeline.storage.filesystem import write_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from pipeline.checksums import FileRecord
-from pipeline.filesystem import flush, move_file
-from pipeline.trust import Natural, Positive, decode, is_key, read_document
+from pipeline.storage.checksums import FileRecord
+from pipeline.storage.filesystem import flush, move_file
+from pipeline.storage.trust import Natural, Positive, decode, is_key, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

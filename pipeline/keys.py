@@ -14,10 +14,10 @@ import numpy as np
 
 from pipeline.chunks import Chunks, Problem
 from pipeline.errors import IntegrityError, OpenError, PipelineError
-from pipeline.fetching import concurrency, gather
-from pipeline.listing import Found, _tells_sizes, ask_key, list_keys
-from pipeline.locations import name_store, plain, store_error
 from pipeline.process import renewed
+from pipeline.storage.concurrency import concurrency, gather
+from pipeline.storage.listing import Found, _tells_sizes, ask_key, list_keys
+from pipeline.storage.locations import name_store, plain, store_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

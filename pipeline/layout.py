@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.chunks import CHECKSUM_NBYTES, Chunks, Problem, ShardIndex
 from pipeline.keys import Keys
-from pipeline.preads import open_file
+from pipeline.storage.preads import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.files import FileStamp
+    from pipeline.storage.files import FileStamp
 
 
 _MOST_LOOKED_FOR = 1_000_000
@@ -361,7 +361,7 @@ def array_files(array: zarr.Array[Any]) -> Files | Keys:
 def _files(array: zarr.Array[Any], **fixed: Any) -> Files | Keys:
     from zarr.storage import LocalStore
 
-    from pipeline.folderstore import FolderStore
+    from pipeline.storage.folderstore import FolderStore
 
     last = tuple(count - 1 for count in fixed["grid"])
     # A class of somebody else may keep its keys in another way.

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from pipeline.buckets import TakenError, put_once
-from pipeline.checksums import FileRecord
 from pipeline.errors import OpenError, OutputExistsError
 from pipeline.notice import Making  # noqa: TC001 (msgspec reads annotations)
 from pipeline.redaction import plain_words
-from pipeline.trust import Key, Natural, Positive, decode
+from pipeline.storage.buckets import TakenError, put_once
+from pipeline.storage.checksums import FileRecord
+from pipeline.storage.trust import Key, Natural, Positive, decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pipeline.buckets import Bucket, Held
+    from pipeline.storage.buckets import Bucket, Held
 
 _MARK = re.compile(r"(0|[1-9][0-9]{0,17})\.json")
 _OURS = re.compile(r"request\.json|probe-[0-9a-f]{8}|done-[0-9a-f]{8}/[0-9]+\.json|output-[0-9a-f]{8}/.+")

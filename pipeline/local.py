@@ -35,7 +35,7 @@ from pipeline.security import (
     without_dashboard,
 )
 from pipeline.startup import UNGUARDED, Nanny, safe_path
-from pipeline.trust import private_folder
+from pipeline.storage.trust import private_folder
 
 if TYPE_CHECKING:
     from contextlib import ExitStack

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 import msgspec
 
 from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
-from pipeline.filesystem import flush, link_file
 from pipeline.redaction import plain_words
-from pipeline.trust import Natural, Positive, decode, is_key, read_document
+from pipeline.storage.filesystem import flush, link_file
+from pipeline.storage.trust import Natural, Positive, decode, is_key, read_document
 
 if TYPE_CHECKING:
     from pathlib import Path

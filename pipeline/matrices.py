@@ -14,10 +14,10 @@ from pipeline.attributes import dimension_names
 from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import InputError, OpenError
 from pipeline.formatting import format_size, html_table, text_line
-from pipeline.locations import Url, plain, store_error
 from pipeline.matrix import FoundGroup, Matrix, open_found, open_single
 from pipeline.sources import is_numeric, refuse_options
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.locations import Url, plain, store_error
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

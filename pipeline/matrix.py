@@ -20,7 +20,6 @@ from pipeline.errors import InputError, OpenError
 from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Layout, PlainFiles, read_layout
-from pipeline.locations import Url, locate, name_store
 from pipeline.sources import (
     FILE_SUFFIXES,
     FileSource,
@@ -32,6 +31,7 @@ from pipeline.sources import (
     refuse_options,
     split_name,
 )
+from pipeline.storage.locations import Url, locate, name_store
 
 if TYPE_CHECKING:
     import zarr
@@ -229,7 +229,7 @@ def _open(
 
 
 def _open_url(url: Url, **options: Any) -> zarr.Array[Any] | zarr.Group:
-    from pipeline.stores import open_store
+    from pipeline.storage.stores import open_store
 
     given = [name for name, value in options.items() if value is not None]
     if given or url.suffix.lower() in FILE_SUFFIXES or "::" in url.name:

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 
 from pipeline.conventions import ATTRIBUTE
-from pipeline.trust import decode
+from pipeline.storage.trust import decode
 
 _KEY = "replaced by"
 """Beneath `ATTRIBUTE`: what takes the place of the output."""

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.errors import DiskSpaceError
-from pipeline.filesystem import flush, is_refused, open_regular, reserve, sync_path
 from pipeline.formatting import format_size
 from pipeline.sharing import FileArray
+from pipeline.storage.filesystem import flush, is_refused, open_regular, reserve, sync_path
 
 if TYPE_CHECKING:
     from pathlib import Path

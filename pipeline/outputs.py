@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.cost import writing_nbytes
-from pipeline.locations import check_apart, locate
 from pipeline.publication import BucketOutput
 from pipeline.record import seal_folder
 from pipeline.shards import create_array, write_entries
 from pipeline.sights import output_sights
 from pipeline.staging import check_destination, is_finished, is_result, stage_output
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.locations import check_apart, locate
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     import os
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.checksums import FileRecord
     from pipeline.journal import Request
-    from pipeline.locations import Location, Url
     from pipeline.sights import Sight
     from pipeline.staging import Stage as Staged
+    from pipeline.storage.checksums import FileRecord
+    from pipeline.storage.locations import Location, Url
 
 
 class Writer(Protocol):
@@ -205,7 +205,7 @@ class FolderStage:
         """See `Stage.create_group`."""
         import zarr
 
-        from pipeline.folderstore import FolderStore
+        from pipeline.storage.folderstore import FolderStore
 
         zarr.create_group(FolderStore(self.staged.output))
 

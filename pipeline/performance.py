@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.capacity import active_client
 from pipeline.errors import InputError, OpenError, OutputExistsError
-from pipeline.filesystem import may_write, move_file, pinned
-from pipeline.locations import check_apart
 from pipeline.redaction import plain_words, scrub
-from pipeline.trust import check_own, read_document
+from pipeline.storage.filesystem import may_write, move_file, pinned
+from pipeline.storage.locations import check_apart
+from pipeline.storage.trust import check_own, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline.decoding import copy_runs
 from pipeline.plan import is_dense, joins
-from pipeline.preads import Reading
 from pipeline.rows import asked_rows, window_rows
+from pipeline.storage.preads import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

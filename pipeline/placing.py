@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.checksums import FileRecord, extend_crc32, record_entries
 from pipeline.errors import BudgetError, DiskSpaceError, IncompleteError, OpenError, PipelineError
 from pipeline.formatting import MIB
 from pipeline.process import after_fork
 from pipeline.runs import close_run, open_run, run_tasks, writing
 from pipeline.sharing import PAGE, FileArray, is_memory, open_handle, share_file, share_memory
+from pipeline.storage.checksums import FileRecord, extend_crc32, record_entries
 from pipeline.tasks import Receipt, make_block, name_tasks, read_slabs, read_windows
 
 if TYPE_CHECKING:

@@ -48,19 +48,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.arrays import open_root
-from pipeline.buckets import TakenError, open_bucket, put_once
 from pipeline.capacity import active_client, shares_memory
 from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.formatting import count_of, format_size
 from pipeline.ledger import Claim, Ledger
-from pipeline.locations import MEMORY, check_apart
 from pipeline.notice import read_notice, say_notice
 from pipeline.record import METADATA, parse_record, seal_document
 from pipeline.shards import create_array
 from pipeline.staging import say_kept
+from pipeline.storage.buckets import TakenError, open_bucket, put_once
+from pipeline.storage.locations import MEMORY, check_apart
+from pipeline.storage.zarrconfig import pinned_config
 from pipeline.uploads import MOST_NBYTES, ObjectWriter, Upload, uploading_nbytes
-from pipeline.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -68,11 +68,11 @@ if TYPE_CHECKING:
 
     import zarr
 
-    from pipeline.buckets import Bucket, Held
-    from pipeline.checksums import FileRecord
     from pipeline.journal import Request
-    from pipeline.locations import Url
     from pipeline.record import Record
+    from pipeline.storage.buckets import Bucket, Held
+    from pipeline.storage.checksums import FileRecord
+    from pipeline.storage.locations import Url
 
 _ARRAYS = ("starts", "places", "windows")
 """Of a result, but for those of a request that names its own."""
@@ -226,7 +226,7 @@ class BucketOutput:
         """See `outputs.Output.open_group`."""
         import zarr
 
-        from pipeline.stores import open_store
+        from pipeline.storage.stores import open_store
 
         group = open_root(open_store(self.location, read_only=True), str(self.location))
         assert isinstance(group, zarr.Group)

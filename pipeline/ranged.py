@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.fetching import in_flight
 from pipeline.pieces import cut_pieces, read_by_runs
 from pipeline.plan import IN_FLIGHT_NBYTES, JOINED_NBYTES, REQUEST_NBYTES
+from pipeline.storage.concurrency import in_flight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.columns import Part, Selection
     from pipeline.keys import Keys
     from pipeline.pieces import Runs
-    from pipeline.preads import Reading
+    from pipeline.storage.preads import Reading
 
 
 class Request(NamedTuple):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from pipeline.report import Watch
-    from pipeline.storage import Storage
+    from pipeline.storage.base import Storage
     from pipeline.tasks import Receipt
 
 _TASK_NBYTES = 64 * MIB

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.capacity import active_client, closed_error, count_threads, fit_memory, is_in_task
-from pipeline.checksums import digest_array
 from pipeline.errors import BudgetError
 from pipeline.failures import stopped_error
 from pipeline.formatting import MIB
@@ -24,6 +23,7 @@ from pipeline.placing import fill_array, new_array
 from pipeline.plan import BLOCK_NBYTES, Task
 from pipeline.report import watched
 from pipeline.sights import matrix_sights
+from pipeline.storage.checksums import digest_array
 from pipeline.tasks import Work, check_apply_travels
 from pipeline.workers import survey_workers
 

@@ -18,8 +18,8 @@ from pipeline.keys import Keys
 from pipeline.layout import Extents, Files, PlainFiles
 from pipeline.pieces import cut_pieces, read_by_runs, read_in_slabs
 from pipeline.plan import SLAB_NBYTES, find_part
-from pipeline.preads import announce, open_file, read_fully
 from pipeline.ranged import RangedReader
+from pipeline.storage.preads import announce, open_file, read_fully
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.columns import Part, Selection
     from pipeline.matrix import Matrix
     from pipeline.pieces import Pieces, Runs, Slab
-    from pipeline.preads import Reading
+    from pipeline.storage.preads import Reading
 
 _OPEN_FILES = 64
 """Files that one task holds open at once; many tasks share a limit of 1,024."""

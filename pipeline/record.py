@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
-from pipeline.checksums import FileRecord, extend_crc32
 from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import IntegrityError, OpenError
-from pipeline.filesystem import flush, is_ghost, move_file, open_regular
 from pipeline.redaction import plain_words
-from pipeline.trust import Natural, is_key, read_document
+from pipeline.storage.checksums import FileRecord, extend_crc32
+from pipeline.storage.filesystem import flush, is_ghost, move_file, open_regular
+from pipeline.storage.trust import Natural, is_key, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

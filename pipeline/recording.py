@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.arguments import check_path
-from pipeline.checksums import extend_crc32
 from pipeline.errors import IntegrityError, OpenError, OutputExistsError
 from pipeline.formatting import count_of, format_size
-from pipeline.locations import check_apart
 from pipeline.manifest import Checksums, Manifest
 from pipeline.progress import shown
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
-from pipeline.storage import Folder, checksum
+from pipeline.storage.base import Folder, checksum
+from pipeline.storage.checksums import extend_crc32
+from pipeline.storage.locations import check_apart
 from pipeline.targets import locate_files, open_target
 from pipeline.tasks import Receipt
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     import zarr
 
-    from pipeline.locations import Url
     from pipeline.report import Watch
-    from pipeline.storage import Storage
+    from pipeline.storage.base import Storage
+    from pipeline.storage.locations import Url
 
 
 @dataclass(frozen=True, slots=True)

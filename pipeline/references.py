@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import IntegrityError, NotFoundError, OpenError
-from pipeline.files import FileStamp
+from pipeline.storage.files import FileStamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
 from pipeline.groupplan import GroupPlan, plan_windows
-from pipeline.locations import check_apart, locate
 from pipeline.matrices import MatrixGroup, open_matrix
 from pipeline.selection import select_starts
+from pipeline.storage.locations import check_apart, locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

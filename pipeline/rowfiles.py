@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import InputError, NotFoundError, OpenError
-from pipeline.filesystem import open_regular
-from pipeline.trust import read_document
+from pipeline.storage.filesystem import open_regular
+from pipeline.storage.trust import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

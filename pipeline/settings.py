@@ -15,13 +15,13 @@ from dask.utils import parse_timedelta
 from pipeline.choice import Choice, Deployment, choose_cluster, plan_deployment
 from pipeline.cluster import no_workers_timeout
 from pipeline.clusterfile import key_lines, merged_settings
-from pipeline.fetching import concurrency
 from pipeline.formatting import format_size
 from pipeline.memory import budget, parse_size
 from pipeline.progress import VARIABLE, read_setting
 from pipeline.redaction import without_secrets
 from pipeline.security import address_encryption
-from pipeline.zarrconfig import FUSED_PIPELINE, user_setting
+from pipeline.storage.concurrency import concurrency
+from pipeline.storage.zarrconfig import FUSED_PIPELINE, user_setting
 
 _BUILT_IN = "built in"
 _DASK = (

@@ -13,11 +13,11 @@ import numpy as np
 
 from pipeline.encoding import write_plain
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, PipelineError
-from pipeline.filesystem import sync_path
 from pipeline.layout import Files, read_layout
 from pipeline.plan import BLOCK_NBYTES
 from pipeline.record import record_file
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.filesystem import sync_path
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from zarr.abc.store import Store
 
-    from pipeline.checksums import FileRecord
     from pipeline.layout import Layout
+    from pipeline.storage.checksums import FileRecord
 
 Compression = Literal["zstd", "blosc"]
 
@@ -74,7 +74,7 @@ def create_array(
     import zarr
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
-    from pipeline.folderstore import FolderStore
+    from pipeline.storage.folderstore import FolderStore
 
     compressors: dict[Any, list[Any]] = {
         "zstd": [ZstdCodec(level=3)],

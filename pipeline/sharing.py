@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.filesystem import flush
 from pipeline.formatting import MIB
 from pipeline.memory import count_shared
+from pipeline.storage.filesystem import flush
 
 try:
     import fcntl

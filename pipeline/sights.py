@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.arrays import local_folder
-from pipeline.fetching import run
-from pipeline.filesystem import may_write
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import PlainFiles
-from pipeline.locations import name_store, plain, say_failure, store_error
 from pipeline.sources import FileSource, StackedSource, ZarrSource
-from pipeline.storage import Folder
+from pipeline.storage.base import Folder
+from pipeline.storage.concurrency import run
+from pipeline.storage.filesystem import may_write
+from pipeline.storage.locations import name_store, plain, say_failure, store_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     import zarr
     from zarr.abc.store import Store
 
-    from pipeline.files import FileStamp
     from pipeline.matrix import Matrix
     from pipeline.sources import Source
-    from pipeline.storage import Storage
+    from pipeline.storage.base import Storage
+    from pipeline.storage.files import FileStamp
 
 _SUMMED_NBYTES = 65536
 """Of each end of a document: in that of a large matrix the sizes and checksums of all its files fill megabytes."""

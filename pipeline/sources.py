@@ -26,8 +26,8 @@ from pipeline.arrays import (
 from pipeline.attributes import array_labels
 from pipeline.conventions import Labels, common_labels, decoding
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, find_shortage
-from pipeline.files import FileStamp, check_rows, read_runs
-from pipeline.locations import Url, is_store_failure, locate, name_store, plain, say_failure, store_error
+from pipeline.storage.files import FileStamp, check_rows, read_runs
+from pipeline.storage.locations import Url, is_store_failure, locate, name_store, plain, say_failure, store_error
 
 if TYPE_CHECKING:
     import zarr
@@ -437,7 +437,7 @@ def _open_one(source: str | os.PathLike[str] | zarr.Array[Any], options: _Option
 
 
 def _open_url(url: Url, options: _Options) -> ZarrSource:
-    from pipeline.stores import open_store
+    from pipeline.storage.stores import open_store
 
     if url.suffix.lower() in FILE_SUFFIXES or "::" in url.name or options.dtype is not None:
         raise OpenError(f"what a URL names is a Zarr array; {url} is a file; copy it to a local disk first")

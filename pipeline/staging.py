@@ -23,7 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
-from pipeline.filesystem import (
+from pipeline.formatting import count_of, format_size
+from pipeline.holding import NAMES, hold, refuse_held
+from pipeline.journal import Journal
+from pipeline.npy import is_whole_npy, read_mark
+from pipeline.record import METADATA, list_files, read_record, record_file
+from pipeline.storage.filesystem import (
     count_free,
     is_ghost,
     is_pin,
@@ -39,19 +44,14 @@ from pipeline.filesystem import (
     rename,
     sync_path,
 )
-from pipeline.formatting import count_of, format_size
-from pipeline.holding import NAMES, hold, refuse_held
-from pipeline.journal import Journal
-from pipeline.npy import is_whole_npy, read_mark
-from pipeline.record import METADATA, list_files, read_record, record_file
-from pipeline.trust import check_own
+from pipeline.storage.trust import check_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pipeline.checksums import FileRecord
     from pipeline.holding import Hold
     from pipeline.journal import Request
+    from pipeline.storage.checksums import FileRecord
 
 _AT_FDCWD, _EXCHANGE = -100, 2
 """Of `renameat2(2)`."""

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError
-from pipeline.files import change_time
 from pipeline.formatting import count_of
 from pipeline.hdf5 import Hdf5Source
 from pipeline.layout import Files, PlainFiles, array_files
-from pipeline.listing import read_key
-from pipeline.locations import name_store
 from pipeline.rows import touched_units
 from pipeline.sources import FileSource, StackedSource, ZarrSource
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.files import change_time
+from pipeline.storage.listing import read_key
+from pipeline.storage.locations import name_store
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.files import FileStamp
     from pipeline.keys import Keys
-    from pipeline.listing import Found
     from pipeline.matrix import Matrix
     from pipeline.sources import Source
+    from pipeline.storage.files import FileStamp
+    from pipeline.storage.listing import Found
 
 type _LookedUp = tuple[tuple[str, int], Found | None]
 """Key and number of a file, and what the store tells of it; None: it is absent."""

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.arrays import local_folder, open_node, open_root
 from pipeline.errors import IntegrityError, NotFoundError, OpenError
-from pipeline.locations import Url, locate
 from pipeline.sources import split_name
-from pipeline.storage import Folder, Objects
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.base import Folder, Objects
+from pipeline.storage.locations import Url, locate
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import zarr
 
-    from pipeline.storage import Storage
+    from pipeline.storage.base import Storage
 
 DOCUMENTS = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
 """Names of metadata in Zarr."""
@@ -36,7 +36,7 @@ def locate_files(
         return (objects.name, objects) if folder is None else (str(node.store_path), Folder(str(folder.absolute())))
     location = locate(node, storage_options)
     if isinstance(location, Url):
-        from pipeline.stores import open_store
+        from pipeline.storage.stores import open_store
 
         return str(location), Objects(open_store(location, read_only=True), "")
     plain = split_name(str(location))[0]

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from numpy.typing import NDArray
 
-    from pipeline.checksums import FileRecord
     from pipeline.plan import Order, Plan, Task
     from pipeline.readers import Reader
+    from pipeline.storage.checksums import FileRecord
 
 type Apply = Callable[[NDArray[Any]], NDArray[Any]]
 """A function of one block (k, length, *row_shape), read-only, that returns (k, ...), each window for itself, in memory

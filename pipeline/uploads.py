@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.buckets import TakenError, digest_content
-from pipeline.checksums import FileRecord, extend_crc32
 from pipeline.cost import writing_nbytes
 from pipeline.encoding import encode_plain, encoded_nbytes
 from pipeline.errors import IntegrityError, PipelineError
 from pipeline.layout import read_layout
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.buckets import TakenError, digest_content
+from pipeline.storage.checksums import FileRecord, extend_crc32
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.buckets import Content
     from pipeline.layout import Layout
     from pipeline.ledger import Ledger
+    from pipeline.storage.buckets import Content
 
 MOST_NBYTES = 5 * 2**30
 """What S3 takes as one object in one go, or copies; others take as much at least."""

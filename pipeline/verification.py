@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.arguments import check_path, check_whole, show
-from pipeline.checksums import extend_crc32
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.formatting import count_of, format_size
 from pipeline.inspection import Place, StoredArray, describe_arrays, say_runs
@@ -21,7 +20,8 @@ from pipeline.manifest import Manifest
 from pipeline.progress import shown
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
 from pipeline.record import METADATA, parse_record
-from pipeline.storage import Folder, Objects, checksum
+from pipeline.storage.base import Folder, Objects, checksum
+from pipeline.storage.checksums import extend_crc32
 from pipeline.targets import DOCUMENTS, is_document, locate_files, open_target
 from pipeline.tasks import Receipt
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     import zarr
 
     from pipeline.inspection import Runs
-    from pipeline.locations import Url
     from pipeline.manifest import Checksums
     from pipeline.report import Watch
-    from pipeline.storage import Opened, Storage
+    from pipeline.storage.base import Opened, Storage
+    from pipeline.storage.locations import Url
 
 type Standard = Literal["record", "manifest", "chunks"]
 """What bytes are compared with: the record of an output of ours, a manifest, or the crc32c behind each chunk."""

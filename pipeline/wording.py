@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.filesystem import count_free
 from pipeline.formatting import count_of, format_size
-from pipeline.locations import Url
 from pipeline.report import STAGES, loss_facts, name_limit, rerun_numbers, say_filled, share_seconds
+from pipeline.storage.filesystem import count_free
+from pipeline.storage.locations import Url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pipeline.collect import Gathering, GroupGathering
     from pipeline.create import Creation
-    from pipeline.locations import Location
     from pipeline.matrices import MatrixGroup
     from pipeline.matrix import Matrix
     from pipeline.report import Watch
+    from pipeline.storage.locations import Location
     from pipeline.writeback import Storing
 
 type Report = tuple[dict[str, str], dict[str, Any]]

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.arguments import check_flag
 from pipeline.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
-from pipeline.checksums import digest_array
 from pipeline.conventions import Labels, cast_attributes
 from pipeline.errors import InputError
-from pipeline.filesystem import say_refusals
 from pipeline.formatting import MIB
 from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
@@ -27,6 +25,8 @@ from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import SHARD_NBYTES, cut_results
 from pipeline.sights import matrix_sights
 from pipeline.stamps import stamp_matrix
+from pipeline.storage.checksums import digest_array
+from pipeline.storage.filesystem import say_refusals
 from pipeline.tasks import check_apply_travels, check_order, make_block, name_tasks, prepare_work
 from pipeline.workers import survey_workers
 
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.capacity import Footprint
-    from pipeline.checksums import FileRecord
-    from pipeline.locations import Location
     from pipeline.outputs import Output, Stage, Writer
     from pipeline.plan import Cost, Order, Plan, Task
     from pipeline.report import Watch
     from pipeline.shards import Cut
     from pipeline.stamps import Stamp
+    from pipeline.storage.checksums import FileRecord
+    from pipeline.storage.locations import Location
     from pipeline.tasks import Apply, BlockShape, Receipt, Work
 
 ALONE = "windows"

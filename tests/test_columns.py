@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from zarr.storage import ObjectStore
 
 import pipeline
-from pipeline import memory, placing, plan, preads, ranged, readers
+from pipeline import memory, placing, plan, ranged, readers
 from pipeline.errors import IntegrityError
+from pipeline.storage import preads
 from pipeline.tasks import prepare_work, read_slabs, read_windows
 from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
 

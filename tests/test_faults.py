@@ -21,10 +21,11 @@ import pytest
 from distributed.chaos import KillWorker
 
 import pipeline
-from pipeline import failures, flights, preads, progress, runs
+from pipeline import failures, flights, progress, runs
 from pipeline.cluster import connect
 from pipeline.collect import prepare_gathering
 from pipeline.report import Watch
+from pipeline.storage import preads
 from pipeline.tasks import Receipt, name_tasks
 from pipeline.writeback import prepare_storing
 

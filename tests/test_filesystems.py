@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import filesystem, holding, staging
+from pipeline import holding, staging
 from pipeline.cli import main
 from pipeline.journal import Request
 from pipeline.report import Watch
+from pipeline.storage import filesystem
 from tests.test_resume import (  # noqa: F401 (fixtures)
     EXPECTED,
     LENGTH,

@@ -10,9 +10,9 @@ import xarray
 import zarr
 
 import pipeline
-from pipeline.buckets import open_bucket
 from pipeline.errors import IntegrityError
-from pipeline.locations import locate
+from pipeline.storage.buckets import open_bucket
+from pipeline.storage.locations import locate
 from tests.layouts import distinct, stack
 
 ROWS = 20

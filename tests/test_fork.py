@@ -267,7 +267,8 @@ def held_locks():
     import dask.threaded
     from distributed.utils import LoopRunner
 
-    from pipeline import buckets, keys, memory, runs
+    from pipeline import keys, memory, runs
+    from pipeline.storage import buckets
 
     return {
         "runs": runs._registry, "memory": memory._sharing, "buckets": buckets._memory, "keys": keys._indexes._lock,

@@ -603,8 +603,8 @@ def test_memory_buckets_take_groups(samples):
             store(plan, url, StoppingWatch(after=3))  # type: ignore[arg-type]
         other = pipeline.plan_windows(pipeline.open_matrix({"x": samples / "F.zarr"}), STARTS, length=LENGTH)
         store(other, url, Watch(), overwrite=True)  # type: ignore[arg-type]
-        from pipeline.locations import locate
-        from pipeline.stores import open_store
+        from pipeline.storage.locations import locate
+        from pipeline.storage.stores import open_store
 
         made = zarr.open_group(open_store(locate(url), read_only=True), mode="r")
         assert set(made) == {"x", "starts"}

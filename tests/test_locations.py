@@ -23,9 +23,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 import pipeline
 from pipeline import readers
-from pipeline.locations import locate, name_store, say_failure
 from pipeline.redaction import scrub
-from pipeline.stores import open_store
+from pipeline.storage.locations import locate, name_store, say_failure
+from pipeline.storage.stores import open_store
 from tests.layouts import distinct, stack
 
 STARTS = [3, 100, 195]

@@ -27,12 +27,12 @@ from distributed import Client, LocalCluster
 
 import pipeline
 from pipeline import publication
-from pipeline.buckets import Bucket, Held, TakenError, open_bucket
 from pipeline.create import plan_creation
 from pipeline.ledger import Ledger
-from pipeline.locations import Url, locate
 from pipeline.report import Watch
-from pipeline.stores import open_store
+from pipeline.storage.buckets import Bucket, Held, TakenError, open_bucket
+from pipeline.storage.locations import Url, locate
+from pipeline.storage.stores import open_store
 from pipeline.writeback import prepare_storing
 
 if TYPE_CHECKING:
@@ -1059,7 +1059,7 @@ class TestS3:
         assert_finished(bucket.url, EXPECTED)
 
     def test_a_store_that_stays_away(self, local: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pipeline.stores._RETRIES", {"max_retries": 0})
+        monkeypatch.setattr("pipeline.storage.stores._RETRIES", {"max_retries": 0})
         monkeypatch.setattr("pipeline.failures._PAUSES", (0.01, 0.01))
         bucket.proxy.trouble("error", method="PUT", key="windows/c/2", times=10**6)
         with pytest.raises(pipeline.OpenError, match=f"a store can be written to; {bucket.url}") as failed:

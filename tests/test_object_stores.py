@@ -20,8 +20,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 import pipeline
 from pipeline import readers
-from pipeline.locations import locate
-from pipeline.stores import open_store
+from pipeline.storage.locations import locate
+from pipeline.storage.stores import open_store
 from tests import services
 from tests.layouts import LAYOUTS, ROWS, distinct, stack
 from tests.proxy import proxied
@@ -182,7 +182,7 @@ class TestWhatIsAsked:
     def test_presence_is_told_by_pages_of_a_listing(self, layouts, monkeypatch, tmp_path, bucket):
         """With pages of ten keys, instead of a thousand."""
         monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
-        monkeypatch.setattr("pipeline.listing._PAGE_KEYS", 10)
+        monkeypatch.setattr("pipeline.storage.listing._PAGE_KEYS", 10)
         with services.s3_server(tmp_path) as endpoint:
             services.make_bucket(endpoint, "paged")
             monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -554,7 +554,7 @@ class TestVerify:
         assert [str(each) for each in pipeline.verify(url)] == ["zarr.json is not what was written"]
 
     def test_objects_longer_than_a_request(self, url, monkeypatch, bucket):
-        monkeypatch.setattr("pipeline.storage._FETCHED_NBYTES", 1000)
+        monkeypatch.setattr("pipeline.storage.base._FETCHED_NBYTES", 1000)
         bucket.proxy.reset()
         assert pipeline.verify(url) == []
         content = len(bytes(obstore.get(self.store(url), "c/0/0/0").bytes()))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import buckets, stores
-from pipeline.buckets import open_bucket
-from pipeline.checksums import FileRecord
 from pipeline.ledger import Claim, Ledger
-from pipeline.locations import locate
 from pipeline.notice import read_notice, say_notice
+from pipeline.storage import buckets, stores
+from pipeline.storage.buckets import open_bucket
+from pipeline.storage.checksums import FileRecord
+from pipeline.storage.locations import locate
 
 DEEP = "[" * 100_000 + "]" * 100_000
 MAKING = "0123abcd"

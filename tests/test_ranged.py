@@ -28,7 +28,8 @@ from zarr.storage import (
 )
 
 import pipeline
-from pipeline import fetching, ranged, readers, stamps
+from pipeline import ranged, readers, stamps
+from pipeline.storage import concurrency as fetching
 from tests.layouts import LAYOUTS, ROWS, as_objects, distinct, in_memory, open_layout, stack
 
 ROW = 120

@@ -19,7 +19,7 @@ import pytest
 import pipeline
 from pipeline.cluster import dashboard_link
 from pipeline.redaction import scrub
-from pipeline.stores import UrlStore
+from pipeline.storage.stores import UrlStore
 from tests.layouts import distinct
 from tests.test_locations import web_server
 

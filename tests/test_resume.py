@@ -21,7 +21,6 @@ import zarr
 
 import pipeline
 from pipeline import holding, staging
-from pipeline.checksums import FileRecord
 from pipeline.collect import prepare_gathering
 from pipeline.create import plan_creation
 from pipeline.journal import Journal, Request
@@ -29,6 +28,7 @@ from pipeline.npy import read_mark
 from pipeline.record import read_record, seal_folder
 from pipeline.report import Watch
 from pipeline.shards import Cut, create_array, write_entries
+from pipeline.storage.checksums import FileRecord
 from pipeline.writeback import prepare_storing
 
 if TYPE_CHECKING:

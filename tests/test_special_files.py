@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.filesystem import open_regular
+from pipeline.storage.filesystem import open_regular
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import filesystem, staging
+from pipeline import staging
 from pipeline.errors import OutputExistsError, PipelineError
 from pipeline.journal import Request
 from pipeline.staging import stage_output
+from pipeline.storage import filesystem
 from tests.test_filesystems import refuse
 
 REQUEST = Request({"kind": "windows", "starts": "0"})

@@ -15,7 +15,7 @@ from pipeline.journal import Journal, Request
 from pipeline.manifest import Checksums, Manifest
 from pipeline.record import parse_record, read_record
 from pipeline.staging import stage_output
-from pipeline.trust import read_document
+from pipeline.storage.trust import read_document
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 STRANGER = 12345
@@ -247,7 +247,7 @@ def test_what_another_run_says_of_itself_is_printed_plainly(tmp_path):
 
 
 def test_documents_are_files_and_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.trust.DOCUMENT_NBYTES", 10)
+    monkeypatch.setattr("pipeline.storage.trust.DOCUMENT_NBYTES", 10)
     (tmp_path / "a").write_bytes(b"0123456789")
     assert read_document(tmp_path / "a") == b"0123456789"
     (tmp_path / "b").write_bytes(b"0123456789a")

@@ -17,7 +17,7 @@ from zarr.core.buffer import cpu
 from zarr.registry import get_codec_class, register_buffer, register_codec, register_ndbuffer
 
 import pipeline
-from pipeline.zarrconfig import pinned_config, user_setting
+from pipeline.storage.zarrconfig import pinned_config, user_setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

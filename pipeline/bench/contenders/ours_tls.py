@@ -15,7 +15,7 @@ from distributed import Security
 from pipeline.bench.contenders.ours_threads import read
 from pipeline.cluster import connect
 from pipeline.errors import OpenError
-from pipeline.filesystem import write_private
+from pipeline.storage.filesystem import write_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from pipeline.errors import OutputExistsError
-from pipeline.filesystem import is_pin, open_regular
+from pipeline.storage.filesystem import is_pin, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,14 +12,14 @@ from urllib.parse import quote, unquote
 
 from zarr.storage import FsspecStore, ManagedMemoryStore, ObjectStore
 
-from pipeline.credentials import profile_options
 from pipeline.errors import InputError, OpenError
-from pipeline.locations import BUCKETS, MEMORY, WEB, plain, say_failure
+from pipeline.storage.credentials import profile_options
+from pipeline.storage.locations import BUCKETS, MEMORY, WEB, plain, say_failure
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-    from pipeline.locations import Url
+    from pipeline.storage.locations import Url
 
 _BACKOFF = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 3}
 _RETRIES = {"max_retries": 10, "retry_timeout": timedelta(seconds=25), "backoff": _BACKOFF}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.locations import name_store, plain, store_error
-from pipeline.zarrconfig import pinned_config
+from pipeline.storage.locations import name_store, plain, store_error
+from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

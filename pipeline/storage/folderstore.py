@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from zarr.storage import LocalStore
 
-from pipeline.filesystem import move_file
+from pipeline.storage.filesystem import move_file
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer

@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.checksums import extend_crc32
 from pipeline.errors import InputError, NotFoundError, OpenError
-from pipeline.fetching import run
-from pipeline.listing import is_cut, list_told
-from pipeline.locations import BUCKETS, MEMORY, WEB, plain, say_failure, store_error
 from pipeline.process import renewed
+from pipeline.storage.checksums import extend_crc32
+from pipeline.storage.concurrency import run
+from pipeline.storage.listing import is_cut, list_told
+from pipeline.storage.locations import BUCKETS, MEMORY, WEB, plain, say_failure, store_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from pipeline.locations import Url
-    from pipeline.stores import MemoryUrlStore, UrlStore
+    from pipeline.storage.locations import Url
+    from pipeline.storage.stores import MemoryUrlStore, UrlStore
 
 type Content = bytes | NDArray[np.uint8]
 """Bytes of an object; an array of one axis."""
@@ -111,7 +111,7 @@ def open_bucket(url: Url) -> Bucket:
     OpenError
         If the library for it is missing, or finds no credentials.
     """
-    from pipeline.stores import MemoryUrlStore, UrlStore, open_store
+    from pipeline.storage.stores import MemoryUrlStore, UrlStore, open_store
 
     if url.scheme not in (MEMORY, *BUCKETS.values(), *WEB):
         raise InputError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.errors import IntegrityError
-from pipeline.filesystem import advise
+from pipeline.storage.filesystem import advise
 
 if TYPE_CHECKING:
     import os

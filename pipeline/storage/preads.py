@@ -7,7 +7,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import IntegrityError, OpenError
-from pipeline.filesystem import advise
+from pipeline.storage.filesystem import advise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

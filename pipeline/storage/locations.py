@@ -1,6 +1,6 @@
 """What a name means: a path of this machine, or a URL of a store elsewhere; its secrets are in no text.
 
-`pipeline.stores` opens what lies at a URL.
+`pipeline.storage.stores` opens what lies at a URL.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError, PipelineError
-from pipeline.fetching import concurrency, gather, in_order
-from pipeline.filesystem import advise
-from pipeline.listing import hurried, list_keys, read_key
-from pipeline.locations import name_store, plain, store_error
-from pipeline.trust import read_document
+from pipeline.storage.concurrency import concurrency, gather, in_order
+from pipeline.storage.filesystem import advise
+from pipeline.storage.listing import hurried, list_keys, read_key
+from pipeline.storage.locations import name_store, plain, store_error
+from pipeline.storage.trust import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator

@@ -7,7 +7,7 @@ from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from pipeline.zarrconfig import pinned_config, user_setting
+from pipeline.storage.zarrconfig import pinned_config, user_setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Iterable

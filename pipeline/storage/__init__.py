@@ -1,0 +1,1 @@
+"""Local files and object stores: locate, list, read, put and checksum."""
