@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     )
     from pipeline.groupplan import GroupPlan, plan_windows
     from pipeline.intervals import split_rows
-    from pipeline.matrices import MatrixGroup, open_matrix
-    from pipeline.matrix import Matrix
+    from pipeline.matrix.matrix import Matrix
+    from pipeline.matrix.opening import MatrixGroup, open_matrix
     from pipeline.plan import Plan
     from pipeline.recording import write_manifest
     from pipeline.report import Report
@@ -59,8 +59,8 @@ _HOMES = {
     "IncompleteError": "errors",
     "InputError": "errors",
     "IntegrityError": "errors",
-    "Matrix": "matrix",
-    "MatrixGroup": "matrices",
+    "Matrix": "matrix.matrix",
+    "MatrixGroup": "matrix.opening",
     "NotFoundError": "errors",
     "OpenError": "errors",
     "OutputExistsError": "errors",
@@ -75,7 +75,7 @@ _HOMES = {
     "gather": "collect",
     "grid_starts": "starts",
     "iter_batches": "batches",
-    "open_matrix": "matrices",
+    "open_matrix": "matrix.opening",
     "plan_windows": "groupplan",
     "split_rows": "intervals",
     "store": "writeback",

@@ -12,9 +12,9 @@ from pipeline.errors import IncompleteError, InputError
 from pipeline.formatting import count_of
 from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.journal import Request
+from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.process import close_at_exit, is_ending
 from pipeline.readahead import Member, Position, Reading
-from pipeline.stamps import stamp_matrix
 from pipeline.tasks import Apply, prepare_work
 
 if TYPE_CHECKING:

@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from pipeline.collect import Gathering, GroupGathering
-    from pipeline.matrices import MatrixGroup
-    from pipeline.matrix import Matrix
+    from pipeline.matrix.matrix import Matrix
+    from pipeline.matrix.opening import MatrixGroup
     from pipeline.report import Watch
     from pipeline.writeback import Storing
 

@@ -17,14 +17,14 @@ from pipeline.errors import InputError, IntegrityError
 from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.identity import name_function
 from pipeline.journal import Request
+from pipeline.matrix.fingerprint import stamp_matrix
+from pipeline.matrix.sights import matrix_sights
 from pipeline.memory import budget, held_nbytes
 from pipeline.npy import create_npy, flush_npy, map_npy, mark_npy, reopen_npy
 from pipeline.placing import file_array, fill_array, is_large, new_array, own_array
 from pipeline.progress import shown
 from pipeline.sharing import FileArray
-from pipeline.sights import matrix_sights
 from pipeline.staging import check_destination, is_finished, is_result, stage_output
-from pipeline.stamps import stamp_matrix
 from pipeline.storage.checksums import digest_array, record_entries
 from pipeline.storage.filesystem import say_refusals
 from pipeline.storage.locations import check_apart, locate
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.capacity import Footprint
+    from pipeline.matrix.fingerprint import Stamp
     from pipeline.plan import Cost, Plan
     from pipeline.report import Watch
     from pipeline.staging import Stage
-    from pipeline.stamps import Stamp
     from pipeline.workers import Survey
 
 _FLUSH_SHARE = 4

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arguments import check_choice, check_flag, check_whole
-from pipeline.arrays import locate_array
-from pipeline.attributes import Description
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
 from pipeline.cost import slab_nbytes
 from pipeline.errors import InputError
 from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
 from pipeline.journal import Request
-from pipeline.matrix import Matrix, open_single
+from pipeline.matrix.arrays import locate_array
+from pipeline.matrix.attributes import Description
+from pipeline.matrix.fingerprint import stamp_source
+from pipeline.matrix.matrix import Matrix, open_single
+from pipeline.matrix.sights import source_sights
+from pipeline.matrix.sources import Source, open_source, referred_files
 from pipeline.memory import budget, parse_size
 from pipeline.outputs import find_output
 from pipeline.progress import shown
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, cut_rows
-from pipeline.sights import source_sights
-from pipeline.sources import Source, open_source, referred_files
-from pipeline.stamps import stamp_source
 from pipeline.storage.filesystem import say_refusals
 from pipeline.tasks import Receipt, name_tasks
 from pipeline.workers import survey_workers
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import DTypeLike, NDArray
 
+    from pipeline.matrix.fingerprint import Stamp
     from pipeline.outputs import Output, Stage, Writer
     from pipeline.report import Watch
-    from pipeline.stamps import Stamp
     from pipeline.storage.locations import Location, Url
 
 _READ_SHARE = 0.25

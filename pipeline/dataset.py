@@ -18,9 +18,9 @@ from pipeline.decoding import ArrayReader, ChunkReader, SortedWindows
 from pipeline.errors import InputError
 from pipeline.formatting import MIB, count_of
 from pipeline.groupplan import GroupPlan, by_member, check_plan
-from pipeline.keys import Keys
+from pipeline.matrix.fingerprint import stamp_matrix
+from pipeline.matrix.keys import Keys
 from pipeline.memory import parse_size
-from pipeline.stamps import stamp_matrix
 from pipeline.tasks import call_apply, cast_result, prepare_work
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.matrix.fingerprint import Stamp
     from pipeline.plan import Plan
-    from pipeline.stamps import Stamp
     from pipeline.tasks import Apply, Work
 
 _KEPT_NBYTES = 128 * MIB

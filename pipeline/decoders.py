@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from pipeline.bounded import inflate, inflate_into
-from pipeline.chunks import CHECKSUM_NBYTES
+from pipeline.matrix.chunks import CHECKSUM_NBYTES
+from pipeline.matrix.decompress import inflate, inflate_into
 from pipeline.storage.zarrconfig import pinned_config
 
 if TYPE_CHECKING:

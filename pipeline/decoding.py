@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.arrays import may_lack_chunks, read_present
 from pipeline.decoders import chunk_decoder, fill_value
 from pipeline.errors import IntegrityError, PipelineError, find_shortage
-from pipeline.layout import Files
+from pipeline.matrix.arrays import may_lack_chunks, read_present
+from pipeline.matrix.layout import Files
+from pipeline.matrix.rows import asked_rows, touched_units
 from pipeline.plan import GAP_NBYTES, IN_FLIGHT_NBYTES, JOINED_NBYTES, READ_NBYTES, REQUEST_NBYTES
-from pipeline.rows import asked_rows, touched_units
 from pipeline.storage.concurrency import in_flight, in_order
 from pipeline.storage.locations import is_store_failure, plain, say_failure, store_error
 from pipeline.storage.preads import Reading, announce, open_file, read_fully
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.columns import Selection
-    from pipeline.keys import Keys
+    from pipeline.matrix.keys import Keys
     from pipeline.storage.concurrency import Sized
 
 _OPEN_FILES = 64

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, overload
 from pipeline.arguments import show
 from pipeline.errors import InputError
 from pipeline.formatting import count_of, format_size, html_table, text_table
-from pipeline.matrices import MatrixGroup
-from pipeline.matrix import Matrix
+from pipeline.matrix.matrix import Matrix
+from pipeline.matrix.opening import MatrixGroup
 from pipeline.plan import Cost, Plan, cost_bars, order_starts, plan_single, say_crossings
 
 if TYPE_CHECKING:

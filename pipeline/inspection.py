@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from pipeline.chunks import CHECKSUM_NBYTES, ShardIndex
 from pipeline.errors import IntegrityError
-from pipeline.layout import read_layout
+from pipeline.matrix.chunks import CHECKSUM_NBYTES, ShardIndex
+from pipeline.matrix.layout import read_layout
 from pipeline.storage.base import checksum
 from pipeline.storage.zarrconfig import pinned_config
 

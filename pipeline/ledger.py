@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from pipeline.errors import OpenError, OutputExistsError
-from pipeline.notice import Making  # noqa: TC001 (msgspec reads annotations)
+from pipeline.matrix.notice import Making  # noqa: TC001 (msgspec reads annotations)
 from pipeline.redaction import plain_words
 from pipeline.storage.buckets import TakenError, put_once
 from pipeline.storage.checksums import FileRecord

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.cost import writing_nbytes
+from pipeline.matrix.sights import output_sights
 from pipeline.publication import BucketOutput
 from pipeline.record import seal_folder
 from pipeline.shards import create_array, write_entries
-from pipeline.sights import output_sights
 from pipeline.staging import check_destination, is_finished, is_result, stage_output
 from pipeline.storage.locations import check_apart, locate
 from pipeline.storage.zarrconfig import pinned_config
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.journal import Request
-    from pipeline.sights import Sight
+    from pipeline.matrix.sights import Sight
     from pipeline.staging import Stage as Staged
     from pipeline.storage.checksums import FileRecord
     from pipeline.storage.locations import Location, Url

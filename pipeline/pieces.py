@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.decoding import copy_runs
+from pipeline.matrix.rows import asked_rows, window_rows
 from pipeline.plan import is_dense, joins
-from pipeline.rows import asked_rows, window_rows
 from pipeline.storage.preads import Reading
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.columns import Part, Selection
-    from pipeline.layout import Borders
+    from pipeline.matrix.layout import Borders
 
 
 _DENSE_SLABS = 8

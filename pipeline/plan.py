@@ -13,9 +13,9 @@ from pipeline.columns import Part, Selection, select
 from pipeline.cost import writing_nbytes
 from pipeline.errors import BudgetError
 from pipeline.formatting import MIB, count_of, format_size, html_table, text_table
-from pipeline.keys import Keys
+from pipeline.matrix.keys import Keys
+from pipeline.matrix.rows import count_touched
 from pipeline.memory import budget, held_nbytes, parse_size
-from pipeline.rows import count_touched
 from pipeline.starts import check_starts
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-    from pipeline.matrix import Matrix
+    from pipeline.matrix.matrix import Matrix
 
 Order = Literal["chunk", "request"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.columns import Part, Selection
-    from pipeline.keys import Keys
+    from pipeline.matrix.keys import Keys
     from pipeline.pieces import Runs
     from pipeline.storage.preads import Reading
 

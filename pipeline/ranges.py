@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.formatting import MIB
 from pipeline.manifest import RANGE_NBYTES
+from pipeline.matrix.sights import storage_sights
 from pipeline.runs import run_tasks
-from pipeline.sights import storage_sights
 from pipeline.tasks import name_tasks
 from pipeline.workers import survey_workers
 

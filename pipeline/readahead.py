@@ -19,10 +19,10 @@ from pipeline.capacity import active_client, closed_error, count_threads, fit_me
 from pipeline.errors import BudgetError
 from pipeline.failures import stopped_error
 from pipeline.formatting import MIB
+from pipeline.matrix.sights import matrix_sights
 from pipeline.placing import fill_array, new_array
 from pipeline.plan import BLOCK_NBYTES, Task
 from pipeline.report import watched
-from pipeline.sights import matrix_sights
 from pipeline.storage.checksums import digest_array
 from pipeline.tasks import Work, check_apply_travels
 from pipeline.workers import survey_workers
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.epochs import Epochs
+    from pipeline.matrix.fingerprint import Stamp
     from pipeline.plan import Plan
     from pipeline.report import Watch
-    from pipeline.stamps import Stamp
     from pipeline.tasks import Receipt
     from pipeline.workers import Survey
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.arrays import without_attributes
-from pipeline.chunks import CHECKSUM_NBYTES
 from pipeline.decoding import decoding_reader
-from pipeline.keys import Keys
-from pipeline.layout import Extents, Files, PlainFiles
+from pipeline.matrix.arrays import without_attributes
+from pipeline.matrix.chunks import CHECKSUM_NBYTES
+from pipeline.matrix.keys import Keys
+from pipeline.matrix.layout import Extents, Files, PlainFiles
 from pipeline.pieces import cut_pieces, read_by_runs, read_in_slabs
 from pipeline.plan import SLAB_NBYTES, find_part
 from pipeline.ranged import RangedReader
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.columns import Part, Selection
-    from pipeline.matrix import Matrix
+    from pipeline.matrix.matrix import Matrix
     from pipeline.pieces import Pieces, Runs, Slab
     from pipeline.storage.preads import Reading
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
-from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import IntegrityError, OpenError
+from pipeline.matrix.conventions import ATTRIBUTE
 from pipeline.redaction import plain_words
 from pipeline.storage.checksums import FileRecord, extend_crc32
 from pipeline.storage.filesystem import flush, is_ghost, move_file, open_regular

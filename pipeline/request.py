@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
 from pipeline.groupplan import GroupPlan, plan_windows
-from pipeline.matrices import MatrixGroup, open_matrix
+from pipeline.matrix.opening import MatrixGroup, open_matrix
 from pipeline.selection import select_starts
 from pipeline.storage.locations import check_apart, locate
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.collect import Gathering, GroupGathering
-    from pipeline.matrix import Matrix
+    from pipeline.matrix.matrix import Matrix
     from pipeline.plan import Plan
     from pipeline.writeback import Storing
 

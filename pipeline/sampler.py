@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.arguments import check_flag, check_whole
 from pipeline.epochs import Epochs
 from pipeline.groupplan import GroupPlan, check_plan
-from pipeline.rows import touched_units
+from pipeline.matrix.rows import touched_units
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

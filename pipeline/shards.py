@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.encoding import write_plain
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, PipelineError
-from pipeline.layout import Files, read_layout
+from pipeline.matrix.layout import Files, read_layout
 from pipeline.plan import BLOCK_NBYTES
 from pipeline.record import record_file
 from pipeline.storage.filesystem import sync_path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from zarr.abc.store import Store
 
-    from pipeline.layout import Layout
+    from pipeline.matrix.layout import Layout
     from pipeline.storage.checksums import FileRecord
 
 Compression = Literal["zstd", "blosc"]

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arguments import check_choice, show
-from pipeline.arrays import check_decodable
 from pipeline.columns import find_lost
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
 from pipeline.formatting import count_of
 from pipeline.groupplan import GroupPlan, check_plan
+from pipeline.matrix.arrays import check_decodable
+from pipeline.matrix.sources import is_numeric
 from pipeline.readers import DirectReader, choose_reader
-from pipeline.sources import is_numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

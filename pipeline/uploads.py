@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.cost import writing_nbytes
 from pipeline.encoding import encode_plain, encoded_nbytes
 from pipeline.errors import IntegrityError, PipelineError
-from pipeline.layout import read_layout
+from pipeline.matrix.layout import read_layout
 from pipeline.storage.buckets import TakenError, digest_content
 from pipeline.storage.checksums import FileRecord, extend_crc32
 from pipeline.storage.zarrconfig import pinned_config
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.layout import Layout
     from pipeline.ledger import Ledger
+    from pipeline.matrix.layout import Layout
     from pipeline.storage.buckets import Content
 
 MOST_NBYTES = 5 * 2**30

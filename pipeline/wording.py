@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from pipeline.collect import Gathering, GroupGathering
     from pipeline.create import Creation
-    from pipeline.matrices import MatrixGroup
-    from pipeline.matrix import Matrix
+    from pipeline.matrix.matrix import Matrix
+    from pipeline.matrix.opening import MatrixGroup
     from pipeline.report import Watch
     from pipeline.storage.locations import Location
     from pipeline.writeback import Storing

@@ -26,8 +26,8 @@ from pipeline.sharing import open_handle, share_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from pipeline.matrix.sights import Sight
     from pipeline.sharing import Handle
-    from pipeline.sights import Sight
 
 _PACKAGE = "random-windows"
 _DECIDING = {_PACKAGE: 3, "python": 2, "dask": 2, "distributed": 2, "zarr": 2, "numpy": 1}

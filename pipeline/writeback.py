@@ -10,21 +10,21 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.arguments import check_flag
-from pipeline.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
-from pipeline.conventions import Labels, cast_attributes
 from pipeline.errors import InputError
 from pipeline.formatting import MIB
 from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
 from pipeline.journal import Request
+from pipeline.matrix.attributes import ARRAY_NAME, NOTHING, Description, describe
+from pipeline.matrix.conventions import Labels, cast_attributes
+from pipeline.matrix.fingerprint import stamp_matrix
+from pipeline.matrix.rows import window_rows
+from pipeline.matrix.sights import matrix_sights
 from pipeline.outputs import find_output
 from pipeline.progress import shown
-from pipeline.rows import window_rows
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import SHARD_NBYTES, cut_results
-from pipeline.sights import matrix_sights
-from pipeline.stamps import stamp_matrix
 from pipeline.storage.checksums import digest_array
 from pipeline.storage.filesystem import say_refusals
 from pipeline.tasks import check_apply_travels, check_order, make_block, name_tasks, prepare_work
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.capacity import Footprint
+    from pipeline.matrix.fingerprint import Stamp
     from pipeline.outputs import Output, Stage, Writer
     from pipeline.plan import Cost, Order, Plan, Task
     from pipeline.report import Watch
     from pipeline.shards import Cut
-    from pipeline.stamps import Stamp
     from pipeline.storage.checksums import FileRecord
     from pipeline.storage.locations import Location
     from pipeline.tasks import Apply, BlockShape, Receipt, Work

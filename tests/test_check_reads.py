@@ -16,7 +16,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdC
 
 import pipeline
 from pipeline import readers
-from pipeline.layout import read_layout
+from pipeline.matrix.layout import read_layout
 from tests.layouts import LAYOUTS, ROWS, STORES, distinct, open_layout, stack
 
 LENGTH = 16

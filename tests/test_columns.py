@@ -463,7 +463,7 @@ def test_coordinates_are_in_the_budget(tmp_path, monkeypatch):
     limit = memory.held_nbytes() + 16 * 2**20
     planned = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "S.zarr" / "x"), [5], length=5, memory=limit)
     # What the values above took may have been given back since.
-    monkeypatch.setattr("pipeline.attributes.held_nbytes", lambda: limit - 16 * 2**20)
+    monkeypatch.setattr("pipeline.matrix.attributes.held_nbytes", lambda: limit - 16 * 2**20)
     with pytest.raises(pipeline.BudgetError, match="coordinate time"):
         pipeline.store(planned, tmp_path / "w.zarr")
 

@@ -12,7 +12,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 from pipeline import decoders
-from pipeline.arrays import reading_config
+from pipeline.matrix.arrays import reading_config
 
 ROWS, COLUMNS = 24, 5
 VALUES = np.arange(1, ROWS * COLUMNS + 1, dtype="f4").reshape(ROWS, COLUMNS)

@@ -267,7 +267,8 @@ def held_locks():
     import dask.threaded
     from distributed.utils import LoopRunner
 
-    from pipeline import keys, memory, runs
+    from pipeline import memory, runs
+    from pipeline.matrix import keys
     from pipeline.storage import buckets
 
     return {

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import formats
 from pipeline.errors import InputError, OpenError
-from pipeline.sources import FileSource, open_source
+from pipeline.matrix import formats
+from pipeline.matrix.sources import FileSource, open_source
 
 ARRAY = np.arange(1.0, 61.0).reshape(20, 3)
 RAW = {"dtype": "float64", "row_shape": (3,)}

@@ -21,7 +21,7 @@ from zarr.storage import MemoryStore
 
 import pipeline
 from pipeline.collect import prepare_gathering
-from pipeline.matrices import choose_members
+from pipeline.matrix.opening import choose_members
 from pipeline.report import Watch
 from pipeline.writeback import prepare_storing
 

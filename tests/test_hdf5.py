@@ -10,9 +10,9 @@ import numcodecs
 import numpy as np
 import pytest
 
-from pipeline import hdf5
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
-from pipeline.sources import FileSource, open_source
+from pipeline.matrix import hdf5
+from pipeline.matrix.sources import FileSource, open_source
 
 ARRAY = np.arange(103 * 29, dtype="f8").reshape(103, 29)
 

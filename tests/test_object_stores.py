@@ -204,7 +204,7 @@ class TestWhatIsAsked:
                     gather(matrix)
 
     def test_few_keys_of_many_are_asked_for_alone(self, stored, bucket, monkeypatch):
-        monkeypatch.setattr("pipeline.keys._LISTED_KEYS", 1)
+        monkeypatch.setattr("pipeline.matrix.keys._LISTED_KEYS", 1)
         matrix = stored("shards")
         gather(matrix, [3, 100])
         assert kinds(bucket.proxy)["HEAD chunk"] == 4

@@ -11,7 +11,7 @@ import pytest
 
 import pipeline
 from pipeline.ledger import Claim, Ledger
-from pipeline.notice import read_notice, say_notice
+from pipeline.matrix.notice import read_notice, say_notice
 from pipeline.storage import buckets, stores
 from pipeline.storage.buckets import open_bucket
 from pipeline.storage.checksums import FileRecord

@@ -28,7 +28,8 @@ from zarr.storage import (
 )
 
 import pipeline
-from pipeline import ranged, readers, stamps
+from pipeline import ranged, readers
+from pipeline.matrix import fingerprint as stamps
 from pipeline.storage import concurrency as fetching
 from tests.layouts import LAYOUTS, ROWS, as_objects, distinct, in_memory, open_layout, stack
 
@@ -546,7 +547,7 @@ class TestChecksBeforeWork:
         check(matrix, [0, 100])
         assert store.asked == ["*"]
         store.asked.clear()
-        monkeypatch.setattr("pipeline.keys._LISTED_KEYS", 3)
+        monkeypatch.setattr("pipeline.matrix.keys._LISTED_KEYS", 3)
         check(matrix, [0, 100])
         assert sorted(store.asked) == ["c/0/0/0", "c/6/0/0", "c/7/0/0"]
 

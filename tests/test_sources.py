@@ -12,9 +12,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import sources
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
-from pipeline.sources import StackedSource, open_source
+from pipeline.matrix import sources
+from pipeline.matrix.sources import StackedSource, open_source
 from pipeline.storage.files import read_runs
 
 DTYPES = ["<f8", ">f8", "<f4", ">i2", "<u4", "|i1", "|b1", "<c8", ">c16", "<f2"]

@@ -17,8 +17,8 @@ import zarr
 from zarr.storage import LocalStore, ObjectStore
 
 import pipeline
-from pipeline.sources import open_source
-from pipeline.stamps import stamp_matrix, stamp_source
+from pipeline.matrix.fingerprint import stamp_matrix, stamp_source
+from pipeline.matrix.sources import open_source
 from tests.layouts import LAYOUTS, distinct, in_memory
 
 LENGTH = 16
@@ -327,7 +327,7 @@ class TestStores:
     @pytest.mark.parametrize("listed", [True, False])
     def test_an_object_of_the_same_size_is_another_one(self, listed, folder, monkeypatch):
         if not listed:
-            monkeypatch.setattr("pipeline.keys._LISTED_KEYS", 0)
+            monkeypatch.setattr("pipeline.matrix.keys._LISTED_KEYS", 0)
         array = self.objects(folder, "shards.zarr")
         stamps = [stamp_source(open_source(array)), stamp_matrix(pipeline.open_matrix(array), STARTS, LENGTH)]
         monkeypatch.undo()
@@ -357,7 +357,7 @@ class TestStores:
         class OtherLocal(LocalStore):
             """Not a plain folder, for all that is known."""
 
-        monkeypatch.setattr("pipeline.keys._LISTED_KEYS", 0)
+        monkeypatch.setattr("pipeline.matrix.keys._LISTED_KEYS", 0)
         array = zarr.open_array(OtherLocal(folder / "shards.zarr"), mode="r")
         stamp = stamp_matrix(pipeline.open_matrix(array), STARTS, LENGTH)
         assert stamp_matrix(pipeline.open_matrix(array), STARTS, LENGTH).digest == stamp.digest

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import sights, workers
+from pipeline import workers
 from pipeline.errors import OpenError
+from pipeline.matrix import sights
 from pipeline.report import Watch
 from pipeline.workers import IN_PROCESS, Answer, Terms, survey_workers
 
@@ -198,7 +199,7 @@ def lose(path):
     """Let a worker not see what begins with a path."""
     import os
 
-    from pipeline import sights
+    from pipeline.matrix import sights
 
     def guarded(real):
         def call(name, *given):
@@ -223,7 +224,7 @@ def lose(path):
 def find():
     import os
 
-    from pipeline import sights
+    from pipeline.matrix import sights
 
     sights.os = os
 
@@ -289,7 +290,7 @@ class TestStores:
 
     @pytest.mark.parametrize("name", ["A.npy", "A.zarr"])
     def test_sources(self, active, samples, name, tmp_path, values):
-        [sight] = sights.source_sights(pipeline.sources.open_source(samples / name))
+        [sight] = sights.source_sights(pipeline.matrix.sources.open_source(samples / name))
         assert sight.look() == ""
         matrix = pipeline.create_matrix(samples / name, tmp_path / "B.zarr")
         np.testing.assert_array_equal(matrix.array[:], values)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import distributed
 
 from pipeline.groupplan import plan_windows
-from pipeline.matrices import open_matrix
+from pipeline.matrix.opening import open_matrix
 from pipeline.runs import run_tasks
 from pipeline.starts import draw_starts
 from pipeline.tasks import Receipt, Work, name_tasks, prepare_work

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.batches import iter_batches
 from pipeline.bench.scenarios import BATCH_SIZE, BatchesOf
 from pipeline.groupplan import plan_windows
-from pipeline.matrices import open_matrix
+from pipeline.matrix.opening import open_matrix
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.bench.contenders.ours_cluster import session
 from pipeline.groupplan import plan_windows
-from pipeline.matrices import open_matrix
+from pipeline.matrix.opening import open_matrix
 from pipeline.writeback import store
 
 if TYPE_CHECKING:

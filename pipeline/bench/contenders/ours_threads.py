@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.collect import gather
 from pipeline.groupplan import plan_windows
-from pipeline.matrices import open_matrix
+from pipeline.matrix.opening import open_matrix
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,10 +14,10 @@ import numpy as np
 
 from pipeline.errors import IntegrityError, OpenError
 from pipeline.formatting import count_of
-from pipeline.hdf5 import Hdf5Source
-from pipeline.layout import Files, PlainFiles, array_files
-from pipeline.rows import touched_units
-from pipeline.sources import FileSource, StackedSource, ZarrSource
+from pipeline.matrix.hdf5 import Hdf5Source
+from pipeline.matrix.layout import Files, PlainFiles, array_files
+from pipeline.matrix.rows import touched_units
+from pipeline.matrix.sources import FileSource, StackedSource, ZarrSource
 from pipeline.storage.files import change_time
 from pipeline.storage.listing import read_key
 from pipeline.storage.locations import name_store
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.keys import Keys
-    from pipeline.matrix import Matrix
-    from pipeline.sources import Source
+    from pipeline.matrix.keys import Keys
+    from pipeline.matrix.matrix import Matrix
+    from pipeline.matrix.sources import Source
     from pipeline.storage.files import FileStamp
     from pipeline.storage.listing import Found
 

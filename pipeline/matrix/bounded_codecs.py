@@ -15,8 +15,8 @@ from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import ShardingCodec
 from zarr.core.metadata.v2 import ArrayV2Metadata
 
-from pipeline.bounded import COMPRESSORS, inflate
 from pipeline.errors import OpenError
+from pipeline.matrix.decompress import COMPRESSORS, inflate
 
 if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec

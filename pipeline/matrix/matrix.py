@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.arguments import check_choice, check_flag, check_mapping, is_whole, show
-from pipeline.arrays import locate_array, open_folder, open_root, reading_config, refuse_group
-from pipeline.attributes import array_labels
-from pipeline.conventions import ATTRIBUTE, say_scaling
 from pipeline.errors import InputError, OpenError
 from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
-from pipeline.hdf5 import Hdf5Source
-from pipeline.layout import Layout, PlainFiles, read_layout
-from pipeline.sources import (
+from pipeline.matrix.arrays import locate_array, open_folder, open_root, reading_config, refuse_group
+from pipeline.matrix.attributes import array_labels
+from pipeline.matrix.conventions import ATTRIBUTE, say_scaling
+from pipeline.matrix.hdf5 import Hdf5Source
+from pipeline.matrix.layout import Layout, PlainFiles, read_layout
+from pipeline.matrix.sources import (
     FILE_SUFFIXES,
     FileSource,
     StackedSource,
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import DTypeLike, NDArray
 
-    from pipeline.conventions import Labels
-    from pipeline.sources import Source
+    from pipeline.matrix.conventions import Labels
+    from pipeline.matrix.sources import Source
 
 _MOST_NAMED = 4
 """Files of one matrix that it names."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline import formats, hdf5
 from pipeline.arguments import check_dtype, check_flag, check_path, check_shape, check_text, check_whole, is_whole, show
-from pipeline.arrays import (
+from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, find_shortage
+from pipeline.matrix import formats, hdf5
+from pipeline.matrix.arrays import (
     check_decodable,
     count_nbytes,
     local_folder,
@@ -23,9 +24,8 @@ from pipeline.arrays import (
     read_present,
     reading_config,
 )
-from pipeline.attributes import array_labels
-from pipeline.conventions import Labels, common_labels, decoding
-from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, find_shortage
+from pipeline.matrix.attributes import array_labels
+from pipeline.matrix.conventions import Labels, common_labels, decoding
 from pipeline.storage.files import FileStamp, check_rows, read_runs
 from pipeline.storage.locations import Url, is_store_failure, locate, name_store, plain, say_failure, store_error
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.arrays import local_folder
-from pipeline.hdf5 import Hdf5Source
-from pipeline.layout import PlainFiles
-from pipeline.sources import FileSource, StackedSource, ZarrSource
+from pipeline.matrix.arrays import local_folder
+from pipeline.matrix.hdf5 import Hdf5Source
+from pipeline.matrix.layout import PlainFiles
+from pipeline.matrix.sources import FileSource, StackedSource, ZarrSource
 from pipeline.storage.base import Folder
 from pipeline.storage.concurrency import run
 from pipeline.storage.filesystem import may_write
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import zarr
     from zarr.abc.store import Store
 
-    from pipeline.matrix import Matrix
-    from pipeline.sources import Source
+    from pipeline.matrix.matrix import Matrix
+    from pipeline.matrix.sources import Source
     from pipeline.storage.base import Storage
     from pipeline.storage.files import FileStamp
 

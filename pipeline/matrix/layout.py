@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from pipeline.chunks import CHECKSUM_NBYTES, Chunks, Problem, ShardIndex
-from pipeline.keys import Keys
+from pipeline.matrix.chunks import CHECKSUM_NBYTES, Chunks, Problem, ShardIndex
+from pipeline.matrix.keys import Keys
 from pipeline.storage.preads import open_file
 
 if TYPE_CHECKING:

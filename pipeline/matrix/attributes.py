@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.arrays import locate_array, open_array, open_stored, read_filled, read_present, reading_config
-from pipeline.conventions import ATTRIBUTE, Labels, encode_fill
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, find_shortage
 from pipeline.formatting import count_of, format_size
-from pipeline.layout import array_files
+from pipeline.matrix.arrays import locate_array, open_array, open_stored, read_filled, read_present, reading_config
+from pipeline.matrix.conventions import ATTRIBUTE, Labels, encode_fill
+from pipeline.matrix.layout import array_files
 from pipeline.memory import budget, held_nbytes
 from pipeline.storage.checksums import digest_array
 from pipeline.storage.locations import plain, say_failure

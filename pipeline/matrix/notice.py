@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-from pipeline.conventions import ATTRIBUTE
+from pipeline.matrix.conventions import ATTRIBUTE
 from pipeline.storage.trust import decode
 
 _KEY = "replaced by"

@@ -15,8 +15,8 @@ import numpy as np
 
 from pipeline.errors import BudgetError, IntegrityError, NotFoundError, OpenError, PipelineError, find_shortage
 from pipeline.formatting import format_size
+from pipeline.matrix.notice import read_notice
 from pipeline.memory import budget
-from pipeline.notice import read_notice
 from pipeline.storage.listing import hurried, read_key
 from pipeline.storage.locations import AccessError, Url, name_store, plain, say_failure
 from pipeline.storage.zarrconfig import pinned_config
@@ -153,7 +153,7 @@ def reading_config(array: zarr.Array[Any], *, fills: bool = False) -> zarr.Array
     """
     from zarr.core.array_spec import ArrayConfig
 
-    from pipeline.bounding import bound_codecs
+    from pipeline.matrix.bounded_codecs import bound_codecs
 
     # An array takes codecs and pipeline from the configuration in force when it is made, and keeps them when pickled.
     inner: Any = array.async_array

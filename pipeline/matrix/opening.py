@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from pipeline.arguments import check_text, show
-from pipeline.arrays import refuse_group
-from pipeline.attributes import dimension_names
-from pipeline.conventions import ATTRIBUTE
 from pipeline.errors import InputError, OpenError
 from pipeline.formatting import format_size, html_table, text_line
-from pipeline.matrix import FoundGroup, Matrix, open_found, open_single
-from pipeline.sources import is_numeric, refuse_options
+from pipeline.matrix.arrays import refuse_group
+from pipeline.matrix.attributes import dimension_names
+from pipeline.matrix.conventions import ATTRIBUTE
+from pipeline.matrix.matrix import FoundGroup, Matrix, open_found, open_single
+from pipeline.matrix.sources import is_numeric, refuse_options
 from pipeline.storage.locations import Url, plain, store_error
 from pipeline.storage.zarrconfig import pinned_config
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
     from zarr.abc.store import Store
 
-    from pipeline.matrix import MissingChunks
+    from pipeline.matrix.matrix import MissingChunks
 
 _LISTED = 10
 """Arrays that an error lists at most."""

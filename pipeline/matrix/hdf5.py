@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.bounded import ExcessError
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError, PipelineError
-from pipeline.filters import (
+from pipeline.formatting import list_some
+from pipeline.matrix.decompress import ExcessError
+from pipeline.matrix.hdf5_filters import (
     FAILURES,
     absent_filters,
     can_decode,
@@ -31,9 +32,8 @@ from pipeline.filters import (
     refuse_excess,
     undo_filter,
 )
-from pipeline.formatting import list_some
-from pipeline.netcdf import read_labels
-from pipeline.references import Reference, find_references, hold, open_hdf5
+from pipeline.matrix.hdf5_references import Reference, find_references, hold, open_hdf5
+from pipeline.matrix.netcdf import read_labels
 from pipeline.storage.files import FileStamp, check_rows
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.conventions import Labels
+    from pipeline.matrix.conventions import Labels
 
 _PIECE_BYTES = 4 << 20
 """Bytes that h5py reads in one call: other threads wait for its lock only so long."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.chunks import Chunks, Problem
 from pipeline.errors import IntegrityError, OpenError, PipelineError
+from pipeline.matrix.chunks import Chunks, Problem
 from pipeline.process import renewed
 from pipeline.storage.concurrency import concurrency, gather
 from pipeline.storage.listing import Found, _tells_sizes, ask_key, list_keys

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.conventions import Labels, encode_fill
+from pipeline.matrix.conventions import Labels, encode_fill
 
 _INTERNAL = {"CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "coordinates"}
 """Attributes by which HDF5 keeps its dimension scales, and one that speaks of the array's own place in its file."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.bounded import ExcessError, ceiling, check_declared, inflate
 from pipeline.errors import IntegrityError, OpenError
-from pipeline.references import find_filters, list_stored
+from pipeline.matrix.decompress import ExcessError, ceiling, check_declared, inflate
+from pipeline.matrix.hdf5_references import find_filters, list_stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

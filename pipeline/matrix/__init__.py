@@ -1,0 +1,1 @@
+"""What windows are read from: sources, opening, layout and fingerprint of a matrix."""
