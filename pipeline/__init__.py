@@ -34,15 +34,15 @@ if TYPE_CHECKING:
         OutputExistsError,
         PipelineError,
     )
-    from pipeline.groupplan import GroupPlan, plan_windows
-    from pipeline.intervals import split_rows
     from pipeline.matrix.matrix import Matrix
     from pipeline.matrix.opening import MatrixGroup, open_matrix
-    from pipeline.plan import Plan
+    from pipeline.plan.group import GroupPlan, plan_windows
+    from pipeline.plan.plan import Plan
+    from pipeline.plan.split import split_rows
+    from pipeline.plan.starts import draw_starts, grid_starts
     from pipeline.recording import write_manifest
     from pipeline.report import Report
     from pipeline.sampler import ChunkBatchSampler
-    from pipeline.starts import draw_starts, grid_starts
     from pipeline.tasks import build_tasks
     from pipeline.verification import verify
     from pipeline.writeback import store
@@ -55,7 +55,7 @@ _HOMES = {
     "BudgetError": "errors",
     "ChunkBatchSampler": "sampler",
     "DiskSpaceError": "errors",
-    "GroupPlan": "groupplan",
+    "GroupPlan": "plan.group",
     "IncompleteError": "errors",
     "InputError": "errors",
     "IntegrityError": "errors",
@@ -65,19 +65,19 @@ _HOMES = {
     "OpenError": "errors",
     "OutputExistsError": "errors",
     "PipelineError": "errors",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "Report": "report",
     "WindowDataset": "dataset",
     "build_tasks": "tasks",
     "connect": "cluster",
     "create_matrix": "create",
-    "draw_starts": "starts",
+    "draw_starts": "plan.starts",
     "gather": "collect",
-    "grid_starts": "starts",
+    "grid_starts": "plan.starts",
     "iter_batches": "batches",
     "open_matrix": "matrix.opening",
-    "plan_windows": "groupplan",
-    "split_rows": "intervals",
+    "plan_windows": "plan.group",
+    "split_rows": "plan.split",
     "store": "writeback",
     "verify": "verification",
     "write_manifest": "recording",

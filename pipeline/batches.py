@@ -10,9 +10,9 @@ from pipeline.arguments import check_flag, check_mapping, check_whole, is_whole,
 from pipeline.epochs import Epochs
 from pipeline.errors import IncompleteError, InputError
 from pipeline.formatting import count_of
-from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.journal import Request
 from pipeline.matrix.fingerprint import stamp_matrix
+from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.process import close_at_exit, is_ending
 from pipeline.readahead import Member, Position, Reading
 from pipeline.tasks import Apply, prepare_work
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
 
 _VERSION = 2
 """Of states. Those of version 1 shuffled no epoch 0: nobody can go on with them."""

@@ -14,7 +14,6 @@ import numpy as np
 from pipeline.arguments import check_flag, check_path, show
 from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.errors import InputError, IntegrityError
-from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.identity import name_function
 from pipeline.journal import Request
 from pipeline.matrix.fingerprint import stamp_matrix
@@ -22,6 +21,7 @@ from pipeline.matrix.sights import matrix_sights
 from pipeline.memory import budget, held_nbytes
 from pipeline.npy import create_npy, flush_npy, map_npy, mark_npy, reopen_npy
 from pipeline.placing import file_array, fill_array, is_large, new_array, own_array
+from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.progress import shown
 from pipeline.sharing import FileArray
 from pipeline.staging import check_destination, is_finished, is_result, stage_output
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from pipeline.capacity import Footprint
     from pipeline.matrix.fingerprint import Stamp
-    from pipeline.plan import Cost, Plan
+    from pipeline.plan.plan import Cost, Plan
     from pipeline.report import Watch
     from pipeline.staging import Stage
     from pipeline.workers import Survey

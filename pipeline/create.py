@@ -14,7 +14,6 @@ import numpy as np
 
 from pipeline.arguments import check_choice, check_flag, check_whole
 from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
-from pipeline.cost import slab_nbytes
 from pipeline.errors import InputError
 from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
 from pipeline.journal import Request
@@ -26,6 +25,7 @@ from pipeline.matrix.sights import source_sights
 from pipeline.matrix.sources import Source, open_source, referred_files
 from pipeline.memory import budget, parse_size
 from pipeline.outputs import find_output
+from pipeline.plan.cost import slab_nbytes
 from pipeline.progress import shown
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import Compression, Cut, cut_rows

@@ -17,10 +17,10 @@ from pipeline.arguments import check_numbers, is_whole, show
 from pipeline.decoding import ArrayReader, ChunkReader, SortedWindows
 from pipeline.errors import InputError
 from pipeline.formatting import MIB, count_of
-from pipeline.groupplan import GroupPlan, by_member, check_plan
 from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.matrix.keys import Keys
 from pipeline.memory import parse_size
+from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.tasks import call_apply, cast_result, prepare_work
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.matrix.fingerprint import Stamp
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
     from pipeline.tasks import Apply, Work
 
 _KEPT_NBYTES = 128 * MIB

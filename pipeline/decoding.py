@@ -17,7 +17,7 @@ from pipeline.errors import IntegrityError, PipelineError, find_shortage
 from pipeline.matrix.arrays import may_lack_chunks, read_present
 from pipeline.matrix.layout import Files
 from pipeline.matrix.rows import asked_rows, touched_units
-from pipeline.plan import GAP_NBYTES, IN_FLIGHT_NBYTES, JOINED_NBYTES, READ_NBYTES, REQUEST_NBYTES
+from pipeline.plan.plan import GAP_NBYTES, IN_FLIGHT_NBYTES, JOINED_NBYTES, READ_NBYTES, REQUEST_NBYTES
 from pipeline.storage.concurrency import in_flight, in_order
 from pipeline.storage.locations import is_store_failure, plain, say_failure, store_error
 from pipeline.storage.preads import Reading, announce, open_file, read_fully
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.columns import Selection
     from pipeline.matrix.keys import Keys
+    from pipeline.plan.columns import Selection
     from pipeline.storage.concurrency import Sized
 
 _OPEN_FILES = 64

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from pipeline.cost import slab_nbytes
 from pipeline.errors import IntegrityError
 from pipeline.matrix.chunks import CHECKSUM_NBYTES
 from pipeline.matrix.layout import Files
+from pipeline.plan.cost import slab_nbytes
 from pipeline.record import record_file
 from pipeline.storage.checksums import FileRecord, extend_crc32
 from pipeline.storage.filesystem import advise, flush, move_file

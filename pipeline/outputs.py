@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.cost import writing_nbytes
 from pipeline.matrix.sights import output_sights
+from pipeline.plan.cost import writing_nbytes
 from pipeline.publication import BucketOutput
 from pipeline.record import seal_folder
 from pipeline.shards import create_array, write_entries

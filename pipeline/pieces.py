@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.decoding import copy_runs
 from pipeline.matrix.rows import asked_rows, window_rows
-from pipeline.plan import is_dense, joins
+from pipeline.plan.plan import is_dense, joins
 from pipeline.storage.preads import Reading
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.columns import Part, Selection
     from pipeline.matrix.layout import Borders
+    from pipeline.plan.columns import Part, Selection
 
 
 _DENSE_SLABS = 8

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.plan import Task
+    from pipeline.plan.plan import Task
     from pipeline.sharing import Handle, Shared, Writer
     from pipeline.tasks import Work
     from pipeline.workers import Survey

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.pieces import cut_pieces, read_by_runs
-from pipeline.plan import IN_FLIGHT_NBYTES, JOINED_NBYTES, REQUEST_NBYTES
+from pipeline.plan.plan import IN_FLIGHT_NBYTES, JOINED_NBYTES, REQUEST_NBYTES
 from pipeline.storage.concurrency import in_flight
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.columns import Part, Selection
     from pipeline.matrix.keys import Keys
     from pipeline.pieces import Runs
+    from pipeline.plan.columns import Part, Selection
     from pipeline.storage.preads import Reading
 
 

@@ -21,7 +21,7 @@ from pipeline.failures import stopped_error
 from pipeline.formatting import MIB
 from pipeline.matrix.sights import matrix_sights
 from pipeline.placing import fill_array, new_array
-from pipeline.plan import BLOCK_NBYTES, Task
+from pipeline.plan.plan import BLOCK_NBYTES, Task
 from pipeline.report import watched
 from pipeline.storage.checksums import digest_array
 from pipeline.tasks import Work, check_apply_travels
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from pipeline.epochs import Epochs
     from pipeline.matrix.fingerprint import Stamp
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
     from pipeline.report import Watch
     from pipeline.tasks import Receipt
     from pipeline.workers import Survey

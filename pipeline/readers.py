@@ -17,7 +17,7 @@ from pipeline.matrix.chunks import CHECKSUM_NBYTES
 from pipeline.matrix.keys import Keys
 from pipeline.matrix.layout import Extents, Files, PlainFiles
 from pipeline.pieces import cut_pieces, read_by_runs, read_in_slabs
-from pipeline.plan import SLAB_NBYTES, find_part
+from pipeline.plan.plan import SLAB_NBYTES, find_part
 from pipeline.ranged import RangedReader
 from pipeline.storage.preads import announce, open_file, read_fully
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.columns import Part, Selection
     from pipeline.matrix.matrix import Matrix
     from pipeline.pieces import Pieces, Runs, Slab
+    from pipeline.plan.columns import Part, Selection
     from pipeline.storage.preads import Reading
 
 _OPEN_FILES = 64

@@ -354,7 +354,7 @@ class Report:
         InputError
             If nothing was run, or matplotlib is not installed.
         """
-        from pipeline.plots import draw_runs
+        from pipeline.plan.plots import draw_runs
 
         if not self.runs:
             raise InputError("a report draws what was run; nothing was; call gather or store in its block")

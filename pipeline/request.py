@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
-from pipeline.groupplan import GroupPlan, plan_windows
 from pipeline.matrix.opening import MatrixGroup, open_matrix
+from pipeline.plan.group import GroupPlan, plan_windows
 from pipeline.selection import select_starts
 from pipeline.storage.locations import check_apart, locate
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pipeline.collect import Gathering, GroupGathering
     from pipeline.matrix.matrix import Matrix
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
     from pipeline.writeback import Storing
 
 

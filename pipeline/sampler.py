@@ -9,15 +9,15 @@ import numpy as np
 
 from pipeline.arguments import check_flag, check_whole
 from pipeline.epochs import Epochs
-from pipeline.groupplan import GroupPlan, check_plan
 from pipeline.matrix.rows import touched_units
+from pipeline.plan.group import GroupPlan, check_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
 
 _BLOCK_LENGTHS = 8
 """A block has as many lengths of a window or more: the last chunk that it touches belongs to the next block, too."""

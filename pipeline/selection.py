@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import InputError
-from pipeline.intervals import By, check_intervals, name_parts, split_rows
-from pipeline.rowfiles import load_intervals, load_starts
-from pipeline.starts import check_starts, draw_starts, grid_starts
+from pipeline.plan.rowfiles import load_intervals, load_starts
+from pipeline.plan.split import By, check_intervals, name_parts, split_rows
+from pipeline.plan.starts import check_starts, draw_starts, grid_starts
 
 if TYPE_CHECKING:
     import numpy as np

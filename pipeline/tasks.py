@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arguments import check_choice, show
-from pipeline.columns import find_lost
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
 from pipeline.formatting import count_of
-from pipeline.groupplan import GroupPlan, check_plan
 from pipeline.matrix.arrays import check_decodable
 from pipeline.matrix.sources import is_numeric
+from pipeline.plan.columns import find_lost
+from pipeline.plan.group import GroupPlan, check_plan
 from pipeline.readers import DirectReader, choose_reader
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from numpy.typing import NDArray
 
-    from pipeline.plan import Order, Plan, Task
+    from pipeline.plan.plan import Order, Plan, Task
     from pipeline.readers import Reader
     from pipeline.storage.checksums import FileRecord
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cost import writing_nbytes
 from pipeline.encoding import encode_plain, encoded_nbytes
 from pipeline.errors import IntegrityError, PipelineError
 from pipeline.matrix.layout import read_layout
+from pipeline.plan.cost import writing_nbytes
 from pipeline.storage.buckets import TakenError, digest_content
 from pipeline.storage.checksums import FileRecord, extend_crc32
 from pipeline.storage.zarrconfig import pinned_config

@@ -13,7 +13,6 @@ from pipeline.arguments import check_flag
 from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
 from pipeline.errors import InputError
 from pipeline.formatting import MIB
-from pipeline.groupplan import GroupPlan, by_member, plans_of
 from pipeline.identity import name_function
 from pipeline.journal import Request
 from pipeline.matrix.attributes import ARRAY_NAME, NOTHING, Description, describe
@@ -22,6 +21,7 @@ from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.matrix.rows import window_rows
 from pipeline.matrix.sights import matrix_sights
 from pipeline.outputs import find_output
+from pipeline.plan.group import GroupPlan, by_member, plans_of
 from pipeline.progress import shown
 from pipeline.runs import open_run, run_tasks, writing
 from pipeline.shards import SHARD_NBYTES, cut_results
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pipeline.capacity import Footprint
     from pipeline.matrix.fingerprint import Stamp
     from pipeline.outputs import Output, Stage, Writer
-    from pipeline.plan import Cost, Order, Plan, Task
+    from pipeline.plan.plan import Cost, Order, Plan, Task
     from pipeline.report import Watch
     from pipeline.shards import Cut
     from pipeline.storage.checksums import FileRecord

@@ -33,8 +33,8 @@ def matrix(tmp_path_factory):
 
 @pytest.fixture
 def plan(matrix, monkeypatch):
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", len(STARTS))
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", len(STARTS))
     made = pipeline.plan_windows(matrix, STARTS, length=LENGTH)
     assert made.chunk.tasks == len(STARTS)
     return made

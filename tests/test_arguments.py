@@ -315,7 +315,7 @@ def test_disjoint_windows_of_very_many_that_fit(intervals):
 def test_draws_that_would_lay_out_more_than_memory_has(monkeypatch):
     from pipeline.memory import Budget
 
-    monkeypatch.setattr("pipeline.starts.budget", lambda: Budget(2 * 10**7, "this test"))
+    monkeypatch.setattr("pipeline.plan.starts.budget", lambda: Budget(2 * 10**7, "this test"))
     for how in ({"overlap": False}, {"replace": False}):
         with pytest.raises(pipeline.BudgetError, match="this test allows"):
             pipeline.draw_starts(10**7, length=2, count=250_000, seed=0, **how)

@@ -393,8 +393,8 @@ distributed: {adaptive: {interval: 100ms, target-duration: 50ms, wait-count: 1}}
 )
 def test_workers_that_come_and_go_during_runs(write, samples, tmp_path, monkeypatch, scale):
     """Those that are closed hold results, or run tasks."""
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 24)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 24)
     rows = np.load(samples / "A.npy")
     matrix = pipeline.open_matrix(samples / "A.zarr")
     starts = pipeline.draw_starts(matrix.rows, length=16, count=400, seed=1)

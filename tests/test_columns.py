@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from zarr.storage import ObjectStore
 
 import pipeline
-from pipeline import memory, placing, plan, ranged, readers
+from pipeline import memory, placing, ranged, readers
 from pipeline.errors import IntegrityError
+from pipeline.plan import plan
 from pipeline.storage import preads
 from pipeline.tasks import prepare_work, read_slabs, read_windows
 from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
@@ -504,8 +505,8 @@ def test_windows_of_which_many_overlap_are_read_in_slabs(tmp_path, monkeypatch):
     values = np.lib.format.open_memmap(tmp_path / "A.npy", "w+", "f8", (12_000, 500))
     values[:] = np.arange(12_000.0)[:, None]
     starts = np.concatenate([np.arange(1000, 1800, 2), np.arange(2_000, 11_900, 40)])
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 1)
-    monkeypatch.setattr("pipeline.plan._TASKS_PER_THREAD", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 1)
+    monkeypatch.setattr("pipeline.plan.plan._TASKS_PER_THREAD", 1)
     planned = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "A.npy"), starts, length=16, columns=[0, 499])
     with dask.config.set(scheduler="sync", num_workers=1):
         pipeline.gather(planned)

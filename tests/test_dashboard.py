@@ -308,7 +308,7 @@ class TestLaziness:
 
 def test_planned_windows_fit_in_memory(samples, monkeypatch):
     matrix = pipeline.open_matrix(samples / "A.zarr")
-    monkeypatch.setattr("pipeline.plan._PLANNED_NBYTES", 10**12)
+    monkeypatch.setattr("pipeline.plan.plan._PLANNED_NBYTES", 10**12)
     with pytest.raises(
         pipeline.BudgetError, match=r"that of 1,000 windows takes .*; plan and run them in parts"
     ) as caught:

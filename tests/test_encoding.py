@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pipeline.cost import slab_nbytes, writing_nbytes
 from pipeline.errors import DiskSpaceError, OpenError
+from pipeline.plan.cost import slab_nbytes, writing_nbytes
 from pipeline.shards import Compression, Cut, create_array, write_entries
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_same_bytes_as_zarr(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: NDArray[Any], cut: Cut, slab: int
 ) -> None:
-    monkeypatch.setattr("pipeline.cost._SLAB_NBYTES", slab)
+    monkeypatch.setattr("pipeline.plan.cost._SLAB_NBYTES", slab)
     asked: list[int] = []
 
     def read(start: int, stop: int) -> NDArray[Any]:

@@ -39,8 +39,8 @@ VICTIM = 1234 * COLUMNS + 1.0
 @pytest.fixture
 def plan(samples, monkeypatch):
     """Seven tasks of two windows."""
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 7)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 7)
     return pipeline.plan_windows(pipeline.open_matrix(samples / "A.zarr"), STARTS, length=LENGTH)
 
 
@@ -649,11 +649,11 @@ class TestStall:
 
 COMMAND = """
 import sys, threading
-import pipeline.plan
+import pipeline.plan.plan
 from pipeline import progress, signals
 from pipeline.cli import main
 
-pipeline.plan._LEAST_BLOCK_NBYTES, pipeline.plan._FEWEST_TASKS = 1, 7
+pipeline.plan.plan._LEAST_BLOCK_NBYTES, pipeline.plan.plan._FEWEST_TASKS = 1, 7
 done = progress.ShownWatch.task_done
 
 def task_done(self, receipt):

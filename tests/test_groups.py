@@ -90,8 +90,8 @@ def processes():
 
 @pytest.fixture
 def many_tasks(monkeypatch):
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 4)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 4)
     with dask.config.set(scheduler="synchronous"):
         yield
 
@@ -566,7 +566,7 @@ def test_a_killed_run_goes_on(samples, tmp_path):
     np.save(tmp_path / "starts.npy", STARTS)
     script = f"""
 import os, signal, sys
-import pipeline.plan as planning
+import pipeline.plan.plan as planning
 import pipeline.report as reports
 planning._LEAST_BLOCK_NBYTES, planning._FEWEST_TASKS = 1, 4
 real, count = reports.Watch.task_done, [0]

@@ -54,8 +54,8 @@ def test_output_chunks_of_many_matrix_chunks(
     matrix: pipeline.Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file of the result takes windows of four chunks, and four tasks write at once."""
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 20)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 20)
     generator = np.random.default_rng(0)
     for number in range(20 if matrix.layout.shard_rows else 5):
         four = [generator.choice(len(A) // CHUNK - 1, 4, replace=False) for _ in range(20)]

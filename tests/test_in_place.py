@@ -104,8 +104,8 @@ def no_client_of_another_test():
 @pytest.fixture
 def cut_small(monkeypatch):
     """Many tasks from little data."""
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 7)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 7)
 
 
 @pytest.mark.usefixtures("cut_small")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline.rowfiles import load_intervals
+from pipeline.plan.rowfiles import load_intervals
 
 
 def rows_of(intervals):

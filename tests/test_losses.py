@@ -57,8 +57,8 @@ def two(processes):
 @pytest.fixture
 def plan(samples, monkeypatch):
     """Nineteen tasks of one window."""
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 19)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 19)
     return pipeline.plan_windows(pipeline.open_matrix(samples / "A.zarr"), STARTS, length=LENGTH)
 
 

@@ -122,8 +122,8 @@ class Dying:
 
 @pytest.fixture(autouse=True)
 def few_tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", TASKS)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", TASKS)
     # One after the other, each journaled before the next begins.
     monkeypatch.setattr("pipeline.runs._TOGETHER", 1)
     monkeypatch.setattr("pipeline.runs.count_threads", lambda _: 0)
@@ -977,8 +977,8 @@ def test_windows_chunked_along_their_rows(local: Path, base: str, monkeypatch: p
 
 KILLED = """
 import os, signal, sys, dask
-import pipeline.plan
-pipeline.plan._LEAST_BLOCK_NBYTES, pipeline.plan._FEWEST_TASKS = 1, 3
+import pipeline.plan.plan
+pipeline.plan.plan._LEAST_BLOCK_NBYTES, pipeline.plan.plan._FEWEST_TASKS = 1, 3
 from pathlib import Path
 from tests import test_object_results as results
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import plan as plan_module
 from pipeline.matrix.rows import count_touched
-from pipeline.plan import cut_windows
+from pipeline.plan import plan as plan_module
+from pipeline.plan.plan import cut_windows
 
 
 def matrix_of(rows, row_shape=(2,), *, chunk=10, dtype="f8", **settings):

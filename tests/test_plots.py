@@ -15,7 +15,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 import pipeline
-from pipeline.plots import draw_runs, plot_split, plot_starts
+from pipeline.plan.plots import draw_runs, plot_split, plot_starts
 from pipeline.report import Run
 from pipeline.tasks import Receipt
 

@@ -185,8 +185,8 @@ class TestRequests:
         starts = data.draw(st.lists(st.integers(0, ROWS - length), min_size=1, max_size=12))
         gap, most = data.draw(st.integers(0, 40)) * ROW, data.draw(st.integers(100, 9000))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pipeline.plan.GAP_NBYTES", 2 * ROW)
-            patch.setattr("pipeline.plan.JOINED_NBYTES", gap)
+            patch.setattr("pipeline.plan.plan.GAP_NBYTES", 2 * ROW)
+            patch.setattr("pipeline.plan.plan.JOINED_NBYTES", gap)
             patch.setattr("pipeline.ranged.JOINED_NBYTES", gap)
             patch.setattr("pipeline.ranged.REQUEST_NBYTES", most)
             if data.draw(st.booleans()):

@@ -62,8 +62,8 @@ class StoppingWatch(Watch):
 
 @pytest.fixture(autouse=True)
 def many_tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", TASKS)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", TASKS)
     with dask.config.set(scheduler="synchronous"):
         yield
 
@@ -521,8 +521,8 @@ class TestJournal:
 
 KILLED = """
 import os, signal, sys, dask, numpy as np
-import pipeline.plan
-pipeline.plan._LEAST_BLOCK_NBYTES, pipeline.plan._FEWEST_TASKS = 1, 7
+import pipeline.plan.plan
+pipeline.plan.plan._LEAST_BLOCK_NBYTES, pipeline.plan.plan._FEWEST_TASKS = 1, 7
 import test_resume
 from pathlib import Path
 

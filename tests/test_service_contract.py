@@ -139,8 +139,8 @@ def _scheduler(cluster):
 @pytest.fixture
 def plan(sample, monkeypatch):
     """A plan of some more tasks than there are threads."""
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 24)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 24)
     return pipeline.plan_windows(pipeline.open_matrix(sample.matrix), sample.starts, length=LENGTH)
 
 
@@ -231,7 +231,7 @@ def test_a_worker_that_is_killed(plan, sample, cluster, tmp_path):
 @pytest.mark.s3
 def test_matrix_and_result_in_a_bucket(sample, cluster, bucket, monkeypatch):
     """Workers elsewhere have no credentials of their own: these go with the tasks."""
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 4)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 4)
     options = {
         "endpoint": bucket.proxy.url,
         "allow_http": True,

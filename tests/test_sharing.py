@@ -287,7 +287,7 @@ def test_slabs_of_any_size_hold_each_window_once(layouts, data):
     starts = np.array(data.draw(st.lists(st.integers(0, matrix.rows - length), min_size=1, max_size=60)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.readers.SLAB_NBYTES", matrix.row_nbytes * data.draw(st.integers(1, 300)))
-        patch.setattr("pipeline.plan.GAP_NBYTES", data.draw(st.sampled_from([0, 8192])))
+        patch.setattr("pipeline.plan.plan.GAP_NBYTES", data.draw(st.sampled_from([0, 8192])))
         reader = choose_reader(matrix, row=0)
         read, order = [], []
         for slab in reader.read_slabs(starts, length, matrix.row_shape, matrix.dtype):
@@ -312,8 +312,8 @@ def current(client):
 
 @pytest.fixture
 def many_tasks(monkeypatch):
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 7)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 7)
 
 
 @pytest.fixture

@@ -114,8 +114,8 @@ def test_store_of_every_layout(matrix, order, tmp_path):
 @pytest.fixture
 def cut_small(monkeypatch):
     """Many tasks from little data."""
-    monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-    monkeypatch.setattr("pipeline.plan._FEWEST_TASKS", 7)
+    monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+    monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", 7)
 
 
 @pytest.mark.usefixtures("cut_small")
@@ -170,7 +170,7 @@ def test_any_request_of_any_layout(matrices, data):
     gap = data.draw(st.sampled_from([0, 240, 8192]))
     plan = pipeline.plan_windows(open_layout(matrices, name), np.array(starts).astype(dtype), length=length)
     with dask.config.set(scheduler="synchronous"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.plan.GAP_NBYTES", gap)
+        patch.setattr("pipeline.plan.plan.GAP_NBYTES", gap)
         windows = pipeline.gather(plan)
     np.testing.assert_array_equal(windows, stack(distinct(), starts, length), strict=True)
 
@@ -378,7 +378,7 @@ def test_store_cuts_shards_that_one_task_owns(matrices, tmp_path, cut_small):
 
 
 def test_a_window_larger_than_a_shard_is_chunked_along_its_rows(matrices, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.plan.BLOCK_NBYTES", 1000)
+    monkeypatch.setattr("pipeline.plan.plan.BLOCK_NBYTES", 1000)
     monkeypatch.setattr("pipeline.shards.SHARD_NBYTES", 1000)
     plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), [0, 9, 4], length=40)
     windows = pipeline.store(plan, tmp_path / "w.zarr")["windows"]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline.rowfiles import load_starts
-from pipeline.starts import check_starts
+from pipeline.plan.rowfiles import load_starts
+from pipeline.plan.starts import check_starts
 
 
 def test_the_seed_alone_decides():

@@ -65,8 +65,8 @@ class Outputs(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
-        self.patch.setattr("pipeline.plan._FEWEST_TASKS", 3)
+        self.patch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
+        self.patch.setattr("pipeline.plan.plan._FEWEST_TASKS", 3)
         (self.folder / "bystander").mkdir()
         (self.folder / "bystander" / "thesis.txt").write_text("mine")
         self.version = 0

@@ -236,7 +236,7 @@ class TestLaterWorkers:
         worker = one_of(active)
         active.run(lose, f"{plan.matrix.path}/zarr.json", workers=[worker])
         monkeypatch.setattr(workers, "_judge", lambda replies: {})
-        monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
+        monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
         try:
             with pytest.raises(OpenError, match=f"{worker} does not see {plan.matrix.path}/zarr.json"):
                 pipeline.gather(pipeline.plan_windows(plan.matrix, STARTS * 20, length=LENGTH))
@@ -347,7 +347,7 @@ def away(remote):
 
 class TestRemote:
     def test_blocks_come_straight_from_the_worker(self, away, plan, windows, monkeypatch):
-        monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
+        monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
         survey = survey_workers(say=pytest.fail, reach=True)
         assert (survey.shares, survey.same_host, survey.reached) == (False, True, True)
         before = count_gathers(away)
@@ -355,7 +355,7 @@ class TestRemote:
         assert count_gathers(away) == before
 
     def test_by_way_of_the_scheduler_where_the_worker_cannot_be_reached(self, away, plan, windows, monkeypatch):
-        monkeypatch.setattr("pipeline.plan._LEAST_BLOCK_NBYTES", 1)
+        monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
         monkeypatch.setattr(workers, "_REACH_SECONDS", 0)
         before = count_gathers(away)
         with pytest.warns(UserWarning, match="through the scheduler, .* cannot connect to tcp://127.0.0.1:") as said:

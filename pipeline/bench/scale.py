@@ -33,16 +33,16 @@ from typing import TYPE_CHECKING, Any
 
 import distributed
 
-from pipeline.groupplan import plan_windows
 from pipeline.matrix.opening import open_matrix
+from pipeline.plan.group import plan_windows
+from pipeline.plan.starts import draw_starts
 from pipeline.runs import run_tasks
-from pipeline.starts import draw_starts
 from pipeline.tasks import Receipt, Work, name_tasks, prepare_work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pipeline.plan import Plan, Task
+    from pipeline.plan.plan import Plan, Task
 
 _ROWS, _COLUMNS, _LENGTH = 2_000_000, 2_000, 16
 _WORKERS_A_PROCESS = 250

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.batches import iter_batches
 from pipeline.bench.scenarios import BATCH_SIZE, BatchesOf
-from pipeline.groupplan import plan_windows
 from pipeline.matrix.opening import open_matrix
+from pipeline.plan.group import plan_windows
 
 if TYPE_CHECKING:
     import numpy as np

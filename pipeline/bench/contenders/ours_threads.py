@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipeline.collect import gather
-from pipeline.groupplan import plan_windows
 from pipeline.matrix.opening import open_matrix
+from pipeline.plan.group import plan_windows
 
 if TYPE_CHECKING:
     import numpy as np

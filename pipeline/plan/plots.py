@@ -9,14 +9,14 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.formatting import COLORS, count_of, format_size
-from pipeline.intervals import check_intervals, name_parts, split_rows
-from pipeline.starts import draw_starts
+from pipeline.plan.split import check_intervals, name_parts, split_rows
+from pipeline.plan.starts import draw_starts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, NDArray
 
-    from pipeline.intervals import By
+    from pipeline.plan.split import By
 
 type Curve = tuple[Sequence[float], Sequence[float]]
 """Seconds, ascending, and what had been delivered by then."""
@@ -67,7 +67,7 @@ def plot_starts(
     Examples
     --------
     >>> import pipeline
-    >>> from pipeline.plots import plot_starts
+    >>> from pipeline.plan.plots import plot_starts
     >>> starts = pipeline.draw_starts(1000, length=16, count=20, seed=0, within=[[0, 300], [500, 900]])
     >>> plot_starts(starts, rows=1000, length=16, within=[[0, 300], [500, 900]]).get_xlabel()
     'row of the matrix'
@@ -137,7 +137,7 @@ def plot_split(
 
     Examples
     --------
-    >>> from pipeline.plots import plot_split
+    >>> from pipeline.plan.plots import plot_split
     >>> ax = plot_split(100_000, (0.8, 0.2), length=16)
     >>> [label.get_text().split()[0] for label in ax.get_yticklabels()]
     ['train', 'test']

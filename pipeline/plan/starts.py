@@ -9,8 +9,8 @@ import numpy as np
 from pipeline.arguments import MOST_ROWS, check_flag, check_numbers, check_whole, show
 from pipeline.errors import BudgetError, InputError
 from pipeline.formatting import format_size
-from pipeline.intervals import fitting_intervals
 from pipeline.memory import budget
+from pipeline.plan.split import fitting_intervals
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,14 +11,14 @@ from pipeline.errors import InputError
 from pipeline.formatting import count_of, format_size, html_table, text_table
 from pipeline.matrix.matrix import Matrix
 from pipeline.matrix.opening import MatrixGroup
-from pipeline.plan import Cost, Plan, cost_bars, order_starts, plan_single, say_crossings
+from pipeline.plan.plan import Cost, Plan, cost_bars, order_starts, plan_single, say_crossings
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-    from pipeline.plan import Order
+    from pipeline.plan.plan import Order
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

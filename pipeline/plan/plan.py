@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.arguments import check_choice
-from pipeline.columns import Part, Selection, select
-from pipeline.cost import writing_nbytes
 from pipeline.errors import BudgetError
 from pipeline.formatting import MIB, count_of, format_size, html_table, text_table
 from pipeline.matrix.keys import Keys
 from pipeline.matrix.rows import count_touched
 from pipeline.memory import budget, held_nbytes, parse_size
-from pipeline.starts import check_starts
+from pipeline.plan.columns import Part, Selection, select
+from pipeline.plan.cost import writing_nbytes
+from pipeline.plan.starts import check_starts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -321,7 +321,7 @@ class Plan:
         InputError
             If matplotlib is not installed.
         """
-        from pipeline.plots import draw_spread
+        from pipeline.plan.plots import draw_spread
 
         words = f"{count_of(len(self), 'window')} of {count_of(self.length, 'row')}"
         factor = f"amplification {self.chunk.amplification:.2f}"
