@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 
 from pipeline.arguments import check_numbers, is_whole, show
-from pipeline.decoding import ArrayReader, ChunkReader, SortedWindows
 from pipeline.errors import InputError
 from pipeline.formatting import MIB, count_of
 from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.matrix.keys import Keys
 from pipeline.memory import parse_size
 from pipeline.plan.group import GroupPlan, by_member, check_plan
+from pipeline.readers.decoded import ArrayReader, ChunkReader, SortedWindows
 from pipeline.tasks import call_apply, cast_result, prepare_work
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from pipeline.matrix.arrays import check_decodable
 from pipeline.matrix.sources import is_numeric
 from pipeline.plan.columns import find_lost
 from pipeline.plan.group import GroupPlan, check_plan
-from pipeline.readers import DirectReader, choose_reader
+from pipeline.readers.choose import DirectReader, choose_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.plan.plan import Order, Plan, Task
-    from pipeline.readers import Reader
+    from pipeline.readers.choose import Reader
     from pipeline.storage.checksums import FileRecord
 
 type Apply = Callable[[NDArray[Any]], NDArray[Any]]

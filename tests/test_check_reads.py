@@ -15,8 +15,8 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
 import pipeline
-from pipeline import readers
 from pipeline.matrix.layout import read_layout
+from pipeline.readers import choose as readers
 from tests.layouts import LAYOUTS, ROWS, STORES, distinct, open_layout, stack
 
 LENGTH = 16
@@ -139,8 +139,8 @@ class TestCost:
         matrix = open_checked(path, store)
         calls = []
         if store is None:
-            real = pipeline.decoding.read_fully
-            monkeypatch.setattr("pipeline.decoding.read_fully", lambda *a: calls.append(a[3]) or real(*a))
+            real = pipeline.readers.decoded.read_fully
+            monkeypatch.setattr("pipeline.readers.decoded.read_fully", lambda *a: calls.append(a[3]) or real(*a))
         else:
             kind, real = type(matrix.array.store), type(matrix.array.store).get
 

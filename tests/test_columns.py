@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from zarr.storage import ObjectStore
 
 import pipeline
-from pipeline import memory, placing, ranged, readers
+from pipeline import memory, placing
 from pipeline.errors import IntegrityError
 from pipeline.plan import plan
+from pipeline.readers import choose as readers
+from pipeline.readers import ranged
 from pipeline.storage import preads
 from pipeline.tasks import prepare_work, read_slabs, read_windows
 from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack

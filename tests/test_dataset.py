@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import decoding
 from pipeline.errors import InputError, IntegrityError
+from pipeline.readers import decoded as decoding
 from tests.layouts import LAYOUTS, distinct, open_layout, stack
 
 LENGTH = 7

@@ -11,8 +11,8 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
-from pipeline import decoders
 from pipeline.matrix.arrays import reading_config
+from pipeline.readers import codecs as decoders
 
 ROWS, COLUMNS = 24, 5
 VALUES = np.arange(1, ROWS * COLUMNS + 1, dtype="f4").reshape(ROWS, COLUMNS)

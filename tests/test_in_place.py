@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline.readers import choose_reader
+from pipeline.readers.choose import choose_reader
 from tests.layouts import ROWS, distinct, stack
 
 LENGTH = 16

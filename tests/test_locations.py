@@ -22,7 +22,7 @@ import zarr
 from fsspec.implementations.local import LocalFileSystem
 
 import pipeline
-from pipeline import readers
+from pipeline.readers import choose as readers
 from pipeline.redaction import scrub
 from pipeline.storage.locations import locate, name_store, say_failure
 from pipeline.storage.stores import open_store

@@ -15,8 +15,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdC
 from zarr.storage import ObjectStore
 
 import pipeline
-from pipeline import readers
 from pipeline.matrix import fingerprint as stamps
+from pipeline.readers import choose as readers
 from tests.layouts import STORES, distinct, stack
 
 ROWS, LENGTH = 211, 16

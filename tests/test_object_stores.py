@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 import pipeline
-from pipeline import readers
+from pipeline.readers import choose as readers
 from pipeline.storage.locations import locate
 from pipeline.storage.stores import open_store
 from tests import services

@@ -28,8 +28,9 @@ from zarr.storage import (
 )
 
 import pipeline
-from pipeline import ranged, readers
 from pipeline.matrix import fingerprint as stamps
+from pipeline.readers import choose as readers
+from pipeline.readers import ranged
 from pipeline.storage import concurrency as fetching
 from tests.layouts import LAYOUTS, ROWS, as_objects, distinct, in_memory, open_layout, stack
 
@@ -117,8 +118,8 @@ def read(matrix, starts, length=LENGTH):
 
 def spread(matrix, monkeypatch):
     """As if rows were so long that no two windows lie near each other."""
-    monkeypatch.setattr("pipeline.ranged.JOINED_NBYTES", 0)
-    monkeypatch.setattr("pipeline.pieces.is_dense", lambda joined: False)
+    monkeypatch.setattr("pipeline.readers.ranged.JOINED_NBYTES", 0)
+    monkeypatch.setattr("pipeline.readers.runs.is_dense", lambda joined: False)
 
 
 class TestRequests:
@@ -141,8 +142,8 @@ class TestRequests:
 
     def test_ranges_that_lie_near_are_read_with_what_is_between(self, layouts, monkeypatch):
         matrix, store = watched(layouts / "plain.zarr")  # 16 rows a chunk
-        monkeypatch.setattr("pipeline.pieces.is_dense", lambda joined: False)
-        monkeypatch.setattr("pipeline.ranged.JOINED_NBYTES", 3 * ROW)
+        monkeypatch.setattr("pipeline.readers.runs.is_dense", lambda joined: False)
+        monkeypatch.setattr("pipeline.readers.ranged.JOINED_NBYTES", 3 * ROW)
         reading = read(matrix, [0, 5, 12, 34, 40], length=2)
         assert [(key, byte_range.start, nbytes) for key, byte_range, nbytes in sorted(store.data_reads(), key=str)] == [
             ("c/0/0/0", 0, 7 * ROW),
@@ -160,7 +161,7 @@ class TestRequests:
 
     def test_what_is_long_is_read_in_parts(self, layouts, monkeypatch):
         matrix, store = watched(layouts / "zarr-morton.zarr")
-        monkeypatch.setattr("pipeline.ranged.REQUEST_NBYTES", 1000)
+        monkeypatch.setattr("pipeline.readers.ranged.REQUEST_NBYTES", 1000)
         read(matrix, [*range(ROWS - LENGTH + 1)])
         ranges = [nbytes for _, byte_range, nbytes in store.data_reads() if isinstance(byte_range, RangeByteRequest)]
         assert max(ranges) <= 1000
@@ -187,8 +188,8 @@ class TestRequests:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("pipeline.plan.plan.GAP_NBYTES", 2 * ROW)
             patch.setattr("pipeline.plan.plan.JOINED_NBYTES", gap)
-            patch.setattr("pipeline.ranged.JOINED_NBYTES", gap)
-            patch.setattr("pipeline.ranged.REQUEST_NBYTES", most)
+            patch.setattr("pipeline.readers.ranged.JOINED_NBYTES", gap)
+            patch.setattr("pipeline.readers.ranged.REQUEST_NBYTES", most)
             if data.draw(st.booleans()):
                 for module in ("plan", "pieces"):
                     patch.setattr(f"pipeline.{module}.is_dense", lambda joined: np.zeros(joined.shape[:-1], bool))

@@ -52,7 +52,7 @@ def test_as_many_as_are_made(matrix, numbers, count, length, order, monkeypatch)
     for place in ("plan.JOINED_NBYTES", "ranged.JOINED_NBYTES", "plan.GAP_NBYTES"):
         monkeypatch.setattr(f"pipeline.{place}", 4)
     monkeypatch.setattr("pipeline.plan.plan.REQUEST_NBYTES", 60 * ROW)
-    monkeypatch.setattr("pipeline.ranged.REQUEST_NBYTES", 60 * ROW)
+    monkeypatch.setattr("pipeline.readers.ranged.REQUEST_NBYTES", 60 * ROW)
     starts = pipeline.draw_starts(ROWS, length=length, count=count, seed=count)
     plan = pipeline.plan_windows(matrix, starts, length=length)
     asked = matrix.array.store.keys

@@ -21,7 +21,7 @@ import pipeline
 from pipeline import memory, placing, sharing
 from pipeline.capacity import Footprint
 from pipeline.errors import IncompleteError
-from pipeline.readers import choose_reader
+from pipeline.readers.choose import choose_reader
 from pipeline.sharing import open_handle, share_file, share_memory
 from pipeline.tasks import prepare_work
 from tests.layouts import LAYOUTS, READERS, distinct, open_layout, stack
@@ -286,7 +286,7 @@ def test_slabs_of_any_size_hold_each_window_once(layouts, data):
     length = data.draw(st.integers(1, 40))
     starts = np.array(data.draw(st.lists(st.integers(0, matrix.rows - length), min_size=1, max_size=60)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.readers.SLAB_NBYTES", matrix.row_nbytes * data.draw(st.integers(1, 300)))
+        patch.setattr("pipeline.readers.choose.SLAB_NBYTES", matrix.row_nbytes * data.draw(st.integers(1, 300)))
         patch.setattr("pipeline.plan.plan.GAP_NBYTES", data.draw(st.sampled_from([0, 8192])))
         reader = choose_reader(matrix, row=0)
         read, order = [], []

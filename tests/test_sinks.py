@@ -22,8 +22,11 @@ from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec
 
 import pipeline
-from pipeline import decoding, pieces, readers, staging
+from pipeline import staging
 from pipeline.journal import Request
+from pipeline.readers import choose as readers
+from pipeline.readers import decoded as decoding
+from pipeline.readers import runs as pieces
 from pipeline.runs import open_run, writing
 from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
 
@@ -326,7 +329,7 @@ def test_planning_reads_no_data(matrices, monkeypatch):
 
 
 def test_short_reads_are_continued(matrices, monkeypatch):
-    monkeypatch.setattr("pipeline.pieces.is_dense", lambda joined: False)
+    monkeypatch.setattr("pipeline.readers.runs.is_dense", lambda joined: False)
     real = os.preadv
     calls = []
 
@@ -342,7 +345,7 @@ def test_short_reads_are_continued(matrices, monkeypatch):
 
 
 def test_many_files_are_open_at_once_only_within_bounds(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.pieces.is_dense", lambda joined: False)
+    monkeypatch.setattr("pipeline.readers.runs.is_dense", lambda joined: False)
     a = distinct(300, (2,))
     np.save(tmp_path / "A.npy", a)
     matrix = pipeline.create_matrix(tmp_path / "A.npy", tmp_path / "A.zarr", shard_rows=0, chunk_rows=1)

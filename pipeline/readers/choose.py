@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.decoding import decoding_reader
 from pipeline.matrix.arrays import without_attributes
 from pipeline.matrix.chunks import CHECKSUM_NBYTES
 from pipeline.matrix.keys import Keys
 from pipeline.matrix.layout import Extents, Files, PlainFiles
-from pipeline.pieces import cut_pieces, read_by_runs, read_in_slabs
 from pipeline.plan.plan import SLAB_NBYTES, find_part
-from pipeline.ranged import RangedReader
+from pipeline.readers.decoded import decoding_reader
+from pipeline.readers.ranged import RangedReader
+from pipeline.readers.runs import cut_pieces, read_by_runs, read_in_slabs
 from pipeline.storage.preads import announce, open_file, read_fully
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.matrix.matrix import Matrix
-    from pipeline.pieces import Pieces, Runs, Slab
     from pipeline.plan.columns import Part, Selection
+    from pipeline.readers.runs import Pieces, Runs, Slab
     from pipeline.storage.preads import Reading
 
 _OPEN_FILES = 64

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.decoders import chunk_decoder, fill_value
 from pipeline.errors import IntegrityError, PipelineError, find_shortage
 from pipeline.matrix.arrays import may_lack_chunks, read_present
 from pipeline.matrix.layout import Files
 from pipeline.matrix.rows import asked_rows, touched_units
 from pipeline.plan.plan import GAP_NBYTES, IN_FLIGHT_NBYTES, JOINED_NBYTES, READ_NBYTES, REQUEST_NBYTES
+from pipeline.readers.codecs import chunk_decoder, fill_value
 from pipeline.storage.concurrency import in_flight, in_order
 from pipeline.storage.locations import is_store_failure, plain, say_failure, store_error
 from pipeline.storage.preads import Reading, announce, open_file, read_fully
@@ -286,7 +286,7 @@ class ArrayReader:
         self, starts: NDArray[np.int64], length: int, out: NDArray[Any], places: NDArray[np.int64]
     ) -> Reading:
         """Read windows; see `Reader.read_windows`."""
-        from pipeline.counting import count_reads
+        from pipeline.readers.counting import count_reads
 
         windows = SortedWindows(starts, length, out, places, self.selection)
         touched = windows.touched(self.chunk_rows)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.decoding import copy_runs
 from pipeline.matrix.rows import asked_rows, window_rows
 from pipeline.plan.plan import is_dense, joins
+from pipeline.readers.decoded import copy_runs
 from pipeline.storage.preads import Reading
 
 if TYPE_CHECKING:

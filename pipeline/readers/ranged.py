@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.pieces import cut_pieces, read_by_runs
 from pipeline.plan.plan import IN_FLIGHT_NBYTES, JOINED_NBYTES, REQUEST_NBYTES
+from pipeline.readers.runs import cut_pieces, read_by_runs
 from pipeline.storage.concurrency import in_flight
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.matrix.keys import Keys
-    from pipeline.pieces import Runs
     from pipeline.plan.columns import Part, Selection
+    from pipeline.readers.runs import Runs
     from pipeline.storage.preads import Reading
 
 

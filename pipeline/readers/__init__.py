@@ -1,0 +1,1 @@
+"""Windows of a matrix into rows of a buffer: direct, ranged or decoded."""
