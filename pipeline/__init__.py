@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.batches import Batches, iter_batches
-    from pipeline.cluster import connect
+    from pipeline.cluster.connect import connect
     from pipeline.collect import gather
     from pipeline.create import create_matrix
     from pipeline.dataset import WindowDataset
@@ -69,7 +69,7 @@ _HOMES = {
     "Report": "report",
     "WindowDataset": "dataset",
     "build_tasks": "tasks",
-    "connect": "cluster",
+    "connect": "cluster.connect",
     "create_matrix": "create",
     "draw_starts": "plan.starts",
     "gather": "collect",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from pipeline.cluster.signals import Guard, Terminated
 from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError, find_shortage
 from pipeline.formatting import count_of
 from pipeline.memory import check_address_space
@@ -42,7 +43,6 @@ from pipeline.options import (
 )
 from pipeline.pages import Verbs, answer_shell, complete_files
 from pipeline.redaction import plain_lines, scrub
-from pipeline.signals import Guard, Terminated
 from pipeline.wording import (
     Measures,
     add_measures,
@@ -606,7 +606,7 @@ def _connected(
     where: dict[str, Any], *, quiet: bool, verbose: bool, report: str | None = None, apart: Iterable[str | Path] = ()
 ) -> Iterator[str | None]:
     """Connect to the cluster, and yield the dashboard's address; save a report that lies apart from what is named."""
-    from pipeline.cluster import connect, dashboard_link
+    from pipeline.cluster.connect import connect, dashboard_link
     from pipeline.performance import check_report, performance_report
 
     place = None if report is None else check_report(report, apart)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeline.cluster.worker_exits import EXITS
 from pipeline.formatting import count_of, format_size
-from pipeline.nannies import EXITS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

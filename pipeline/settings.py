@@ -12,14 +12,14 @@ import dask
 import msgspec
 from dask.utils import parse_timedelta
 
-from pipeline.choice import Choice, Deployment, choose_cluster, plan_deployment
-from pipeline.cluster import no_workers_timeout
-from pipeline.clusterfile import key_lines, merged_settings
+from pipeline.cluster.connect import no_workers_timeout
+from pipeline.cluster.resolve import Choice, Deployment, choose_cluster, plan_deployment
+from pipeline.cluster.security import address_encryption
+from pipeline.cluster.spec import key_lines, merged_settings
 from pipeline.formatting import format_size
 from pipeline.memory import budget, parse_size
 from pipeline.progress import VARIABLE, read_setting
 from pipeline.redaction import without_secrets
-from pipeline.security import address_encryption
 from pipeline.storage.concurrency import concurrency
 from pipeline.storage.zarrconfig import FUSED_PIPELINE, user_setting
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.capacity import active_client, shares_memory
-from pipeline.cluster import await_worker
+from pipeline.cluster.connect import await_worker
+from pipeline.cluster.security import is_plain
 from pipeline.errors import OpenError, PipelineError
 from pipeline.formatting import count_of
-from pipeline.security import is_plain
 from pipeline.sharing import open_handle, share_memory
 
 if TYPE_CHECKING:

@@ -97,10 +97,10 @@ def here(home, tmp_path, monkeypatch):
         raise OpenError("nothing is started here")
 
     for name in ("_start", "_reach"):
-        monkeypatch.setattr(f"pipeline.cluster.{name}", refuse)
+        monkeypatch.setattr(f"pipeline.cluster.connect.{name}", refuse)
     # What nobody writes is not waited for.
     for name in ("_FILE_SECONDS", "_TORN_SECONDS"):
-        monkeypatch.setattr(f"pipeline.choice.{name}", 0)
+        monkeypatch.setattr(f"pipeline.cluster.resolve.{name}", 0)
     return tmp_path
 
 

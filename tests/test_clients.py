@@ -14,8 +14,8 @@ import pytest
 
 import pipeline
 from pipeline import capacity
-from pipeline import cluster as module
-from pipeline.cluster import connect
+from pipeline.cluster import connect as module
+from pipeline.cluster.connect import connect
 from pipeline.errors import BudgetError, OpenError
 from pipeline.memory import Budget, resident_nbytes
 

@@ -23,13 +23,13 @@ import pytest
 import yaml
 
 import pipeline
-from pipeline import choice as choice_module
-from pipeline import cluster as module
-from pipeline.choice import choose_cluster, plan_deployment
-from pipeline.cluster import connect, dashboard_link
-from pipeline.clusterfile import read_spec
+from pipeline.cluster import connect as module
+from pipeline.cluster import resolve as choice_module
+from pipeline.cluster.connect import connect, dashboard_link
+from pipeline.cluster.local import LOCAL_DEFAULTS, local_kwargs
+from pipeline.cluster.resolve import choose_cluster, plan_deployment
+from pipeline.cluster.spec import read_spec
 from pipeline.errors import InputError, NotFoundError, OpenError
-from pipeline.local import LOCAL_DEFAULTS, local_kwargs
 from tests.sockets import listening
 
 LINUX = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
@@ -210,7 +210,7 @@ def test_without_dashboard(capfd):
 
 def test_without_bokeh():
     code = (
-        "import sys\nsys.modules['bokeh'] = None\nfrom pipeline.cluster import connect\n"
+        "import sys\nsys.modules['bokeh'] = None\nfrom pipeline.cluster.connect import connect\n"
         "with connect() as client: print(client.submit(sum, [3, 4]).result())"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -462,7 +462,7 @@ def test_address_that_cannot_be_used(address):
 def test_script_without_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from pipeline.cluster import connect\nfrom pipeline.errors import OpenError\n"
+        "from pipeline.cluster.connect import connect\nfrom pipeline.errors import OpenError\n"
         "try:\n    with connect(processes=True): print('no')\nexcept OpenError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)

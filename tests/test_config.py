@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from pipeline import settings as module
-from pipeline.choice import choose_cluster, plan_deployment
-from pipeline.clusterfile import merged_settings, read_spec
+from pipeline.cluster.resolve import choose_cluster, plan_deployment
+from pipeline.cluster.spec import merged_settings, read_spec
 from pipeline.errors import InputError
 from pipeline.redaction import HIDDEN, without_secrets
 

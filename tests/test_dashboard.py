@@ -17,9 +17,10 @@ import pytest
 from distributed.deploy import Cluster
 
 import pipeline
-from pipeline import dashboard, runs
-from pipeline.cluster import connect
-from pipeline.dashboard import Address, dashboard_link, locate_dashboard, say_dashboard
+from pipeline import runs
+from pipeline.cluster import dashboard
+from pipeline.cluster.connect import connect
+from pipeline.cluster.dashboard import Address, dashboard_link, locate_dashboard, say_dashboard
 from pipeline.tasks import name_tasks
 
 HERE = socket.gethostname()

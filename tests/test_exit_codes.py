@@ -18,7 +18,7 @@ import pytest
 
 import pipeline
 from pipeline.cli import cli as commands
-from pipeline.signals import Terminated
+from pipeline.cluster.signals import Terminated
 
 LINES = {
     "create": "create A.npy X.zarr -q",

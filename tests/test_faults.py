@@ -22,7 +22,7 @@ from distributed.chaos import KillWorker
 
 import pipeline
 from pipeline import failures, flights, progress, runs
-from pipeline.cluster import connect
+from pipeline.cluster.connect import connect
 from pipeline.collect import prepare_gathering
 from pipeline.report import Watch
 from pipeline.storage import preads
@@ -650,7 +650,8 @@ class TestStall:
 COMMAND = """
 import sys, threading
 import pipeline.plan.plan
-from pipeline import progress, signals
+from pipeline import progress
+from pipeline.cluster import signals
 from pipeline.cli import main
 
 pipeline.plan.plan._LEAST_BLOCK_NBYTES, pipeline.plan.plan._FEWEST_TASKS = 1, 7

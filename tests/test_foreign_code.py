@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import memory, request, security
+from pipeline import memory, request
 from pipeline.bench import scale
-from pipeline.startup import safe_path
+from pipeline.cluster import security
+from pipeline.cluster.startup import safe_path
 from pipeline.storage import trust
 
 PROCESSES = ["--workers", "2"]

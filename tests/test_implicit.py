@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.choice import choose_cluster
-from pipeline.clusterfile import read_spec
+from pipeline.cluster.resolve import choose_cluster
+from pipeline.cluster.spec import read_spec
 from pipeline.errors import InputError
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")

@@ -15,8 +15,8 @@ import distributed
 import numpy as np
 import pytest
 
-from pipeline import security
-from pipeline.cluster import connect
+from pipeline.cluster import security
+from pipeline.cluster.connect import connect
 from pipeline.sharing import share_memory
 from tests.sockets import LOOPBACK, listening
 from tests.stranger import UID, intrude

@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import losses, nannies
-from pipeline.cluster import connect
+from pipeline import losses
+from pipeline.cluster import worker_exits as nannies
+from pipeline.cluster.connect import connect
+from pipeline.cluster.dashboard import dashboard_link
 from pipeline.collect import prepare_gathering
 from pipeline.create import plan_creation
-from pipeline.dashboard import dashboard_link
 from pipeline.losses import Loss
 from pipeline.report import Watch
 from pipeline.verification import prepare_verification

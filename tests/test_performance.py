@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import pytest
 
 import pipeline
-from pipeline.cluster import dashboard_link
+from pipeline.cluster.connect import dashboard_link
 from pipeline.performance import check_report, performance_report
 from tests.stranger import UID
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline.cluster import dashboard_link
+from pipeline.cluster.connect import dashboard_link
 from pipeline.redaction import scrub
 from pipeline.storage.stores import UrlStore
 from tests.layouts import distinct

@@ -20,17 +20,18 @@ import dask
 import distributed
 import pytest
 
-from pipeline import deployments, security
-from pipeline import jobs as jobs_module
-from pipeline.choice import choose_cluster, plan_deployment
-from pipeline.cluster import connect
-from pipeline.clusterfile import merged_settings
-from pipeline.deployments import load_class
+from pipeline.cluster import jobqueue as jobs_module
+from pipeline.cluster import registry as deployments
+from pipeline.cluster import security
+from pipeline.cluster.connect import connect
+from pipeline.cluster.jobqueue import job_kwargs
+from pipeline.cluster.local import local_kwargs
+from pipeline.cluster.registry import load_class
+from pipeline.cluster.resolve import choose_cluster, plan_deployment
+from pipeline.cluster.security import Encryption, check_address, check_dashboard, is_loopback
+from pipeline.cluster.spec import merged_settings
+from pipeline.cluster.ssh import _write, ssh_kwargs
 from pipeline.errors import InputError, NotFoundError, OpenError
-from pipeline.jobs import job_kwargs
-from pipeline.local import local_kwargs
-from pipeline.security import Encryption, check_address, check_dashboard, is_loopback
-from pipeline.ssh import _write, ssh_kwargs
 from tests.sockets import LOOPBACK, listening
 from tests.stranger import UID
 
@@ -513,7 +514,7 @@ def test_hosts_name_an_interface_unless_they_are_loopback():
 
 
 def test_kubernetes_and_gateway_travel_in_plain_only_by_the_users_word():
-    from pipeline.services import service_kwargs
+    from pipeline.cluster.services import service_kwargs
     from tests.test_config import GatewayCluster, KubeCluster
 
     def planned(factory, kwargs, *, threads=None, insecure=False):

@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-from pipeline import startup
-from pipeline.cluster import connect
+from pipeline.cluster import startup
+from pipeline.cluster.connect import connect
 from pipeline.errors import InputError, OpenError, PipelineError
 
 PROCESSES = {"processes": True, "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
@@ -121,7 +121,7 @@ def run_script(tmp_path, text):
 
 
 CONNECTS = (
-    "from pipeline.cluster import connect\nfrom pipeline.errors import OpenError\n"
+    "from pipeline.cluster.connect import connect\nfrom pipeline.errors import OpenError\n"
     "def main():\n"
     "    try:\n        with connect(n_workers=1, processes=True, dashboard_address=None): print('started')\n"
     "    except OpenError as error: print(error)\n"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.bench.scenarios import DATASET, WindowsOf
-from pipeline.cluster import connect
+from pipeline.cluster.connect import connect
 from pipeline.create import create_matrix
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.bench.contenders.ours_threads import read
-from pipeline.cluster import connect
+from pipeline.cluster.connect import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

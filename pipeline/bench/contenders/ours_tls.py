@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from distributed import Security
 
 from pipeline.bench.contenders.ours_threads import read
-from pipeline.cluster import connect
+from pipeline.cluster.connect import connect
 from pipeline.errors import OpenError
 from pipeline.storage.filesystem import write_private
 

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 
-from pipeline.clusterfile import OPEN_SETTINGS
-from pipeline.deployments import check_keys, keywords_of, mapping_of
-from pipeline.errors import InputError, OpenError
-from pipeline.launch import launch
-from pipeline.security import (
+from pipeline.cluster.launch import launch
+from pipeline.cluster.registry import check_keys, keywords_of, mapping_of
+from pipeline.cluster.security import (
     Encryption,
     check_dashboard,
     check_protocol,
@@ -28,6 +26,8 @@ from pipeline.security import (
     point_to,
     without_dashboard,
 )
+from pipeline.cluster.spec import OPEN_SETTINGS
+from pipeline.errors import InputError, OpenError
 from pipeline.storage.filesystem import write_private
 
 if TYPE_CHECKING:

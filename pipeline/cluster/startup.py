@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import distributed
 
-from pipeline import dashboard
+from pipeline.cluster import dashboard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

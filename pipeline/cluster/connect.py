@@ -17,22 +17,22 @@ import distributed.utils
 from dask.utils import parse_timedelta
 from distributed.comm import connect as connect_to
 
-from pipeline.choice import Choice, Deployment, choose_cluster, plan_deployment
-from pipeline.clusterfile import NO_FILE, merged_settings, one_line
-from pipeline.dashboard import dashboard_link, right_links, say_dashboard
-from pipeline.deployments import load_class
+from pipeline.cluster.dashboard import dashboard_link, right_links, say_dashboard
+from pipeline.cluster.jobqueue import count_processes, start_jobs
+from pipeline.cluster.launch import launch, open_workers
+from pipeline.cluster.local import start_local
+from pipeline.cluster.origins import guard_dashboards
+from pipeline.cluster.registry import load_class
+from pipeline.cluster.resolve import Choice, Deployment, choose_cluster, plan_deployment
+from pipeline.cluster.security import Encryption, check_address, warn_of_plain
+from pipeline.cluster.spec import NO_FILE, merged_settings, one_line
+from pipeline.cluster.ssh import START_SECONDS, start_ssh
+from pipeline.cluster.startup import last_error, name_cause, remote_lines
+from pipeline.cluster.worker_exits import watch_exits
 from pipeline.errors import InputError, OpenError, PipelineError
 from pipeline.formatting import count_of
-from pipeline.gate import guard_dashboards
-from pipeline.jobs import count_processes, start_jobs
-from pipeline.launch import launch, open_workers
-from pipeline.local import start_local
-from pipeline.nannies import watch_exits
 from pipeline.process import close_at_exit
 from pipeline.redaction import plain_words
-from pipeline.security import Encryption, check_address, warn_of_plain
-from pipeline.ssh import START_SECONDS, start_ssh
-from pipeline.startup import last_error, name_cause, remote_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,14 +18,11 @@ from distributed.protocol.pickle import dumps
 from tornado.ioloop import PeriodicCallback
 
 from pipeline.arguments import check_flag, check_whole, show
-from pipeline.dashboard import Worker, can_defer_pages, defer_pages
-from pipeline.deployments import check_keys, keywords_of, mapping_of
-from pipeline.errors import InputError
-from pipeline.gate import make_gate
-from pipeline.launch import launch
-from pipeline.memory import budget
-from pipeline.nannies import make_exit_watch
-from pipeline.security import (
+from pipeline.cluster.dashboard import Worker, can_defer_pages, defer_pages
+from pipeline.cluster.launch import launch
+from pipeline.cluster.origins import make_gate
+from pipeline.cluster.registry import check_keys, keywords_of, mapping_of
+from pipeline.cluster.security import (
     Encryption,
     check_dashboard,
     check_interface,
@@ -34,7 +31,10 @@ from pipeline.security import (
     make_security,
     without_dashboard,
 )
-from pipeline.startup import UNGUARDED, Nanny, safe_path
+from pipeline.cluster.startup import UNGUARDED, Nanny, safe_path
+from pipeline.cluster.worker_exits import make_exit_watch
+from pipeline.errors import InputError
+from pipeline.memory import budget
 from pipeline.storage.trust import private_folder
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import dask
 import msgspec
 import yaml
 
-from pipeline.deployments import check_keys, load_class, name_class
+from pipeline.cluster.implicit import check_content, check_owner
+from pipeline.cluster.registry import check_keys, load_class, name_class
 from pipeline.errors import InputError, NotFoundError, OpenError, PipelineError
-from pipeline.implicit import check_content, check_owner
 from pipeline.storage.trust import read_document
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 import dask
 
-from pipeline.deployments import OBJECTS, check_keys, keywords_of
+from pipeline.cluster.registry import OBJECTS, check_keys, keywords_of
+from pipeline.cluster.security import Encryption, is_loopback, refuse_plain
 from pipeline.errors import InputError
-from pipeline.security import Encryption, is_loopback, refuse_plain
 
 _THREADS = {
     "KubeCluster": "in worker_command: [dask-worker, --nthreads, '4']",

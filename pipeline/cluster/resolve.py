@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import dask
 
 from pipeline.arguments import check_flag, check_path, check_whole, show
-from pipeline.clusterfile import Adapt, Scale, Spec, read_spec
-from pipeline.deployments import load_class, name_class
+from pipeline.cluster.jobqueue import job_kwargs
+from pipeline.cluster.local import local_kwargs
+from pipeline.cluster.registry import load_class, name_class
+from pipeline.cluster.services import service_kwargs, starts_workers
+from pipeline.cluster.spec import Adapt, Scale, Spec, read_spec
+from pipeline.cluster.ssh import ssh_kwargs
 from pipeline.errors import InputError, OpenError
-from pipeline.jobs import job_kwargs
-from pipeline.local import local_kwargs
-from pipeline.services import service_kwargs, starts_workers
-from pipeline.ssh import ssh_kwargs
 from pipeline.storage.trust import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pipeline.security import Encryption
+    from pipeline.cluster.security import Encryption
 
 _ADDRESS_VARIABLE = "DASK_SCHEDULER_ADDRESS"
 _FILE_SECONDS = 60

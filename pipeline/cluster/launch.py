@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import distributed
 from distributed.deploy.spec import ProcessInterface
 
-from pipeline.signals import kill_workers
+from pipeline.cluster.signals import kill_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable

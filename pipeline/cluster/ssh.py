@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 import dask
 import distributed
 
-from pipeline.deployments import check_keys, keywords_of, mapping_of
-from pipeline.errors import InputError
-from pipeline.launch import launch
-from pipeline.redaction import secret_settings
-from pipeline.security import (
+from pipeline.cluster.launch import launch
+from pipeline.cluster.registry import check_keys, keywords_of, mapping_of
+from pipeline.cluster.security import (
     Encryption,
     check_dashboard,
     check_protocol,
@@ -29,6 +27,8 @@ from pipeline.security import (
     make_security,
     without_dashboard,
 )
+from pipeline.errors import InputError
+from pipeline.redaction import secret_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -1,0 +1,1 @@
+"""A `cluster.yaml` or keywords to a `distributed.Client`."""
