@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from pipeline.plan.split import split_rows
     from pipeline.plan.starts import draw_starts, grid_starts
     from pipeline.recording import write_manifest
-    from pipeline.report import Report
+    from pipeline.runtime.report import Report
+    from pipeline.runtime.tasks import build_tasks
     from pipeline.sampler import ChunkBatchSampler
-    from pipeline.tasks import build_tasks
     from pipeline.verification import verify
     from pipeline.writeback import store
 
@@ -66,9 +66,9 @@ _HOMES = {
     "OutputExistsError": "errors",
     "PipelineError": "errors",
     "Plan": "plan.plan",
-    "Report": "report",
+    "Report": "runtime.report",
     "WindowDataset": "dataset",
-    "build_tasks": "tasks",
+    "build_tasks": "runtime.tasks",
     "connect": "cluster.connect",
     "create_matrix": "create",
     "draw_starts": "plan.starts",

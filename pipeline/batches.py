@@ -15,7 +15,7 @@ from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.process import close_at_exit, is_ending
 from pipeline.readahead import Member, Position, Reading
-from pipeline.tasks import Apply, prepare_work
+from pipeline.runtime.tasks import Apply, prepare_work
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping

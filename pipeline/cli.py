@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from pipeline.collect import Gathering, GroupGathering
     from pipeline.matrix.matrix import Matrix
     from pipeline.matrix.opening import MatrixGroup
-    from pipeline.report import Watch
+    from pipeline.runtime.report import Watch
     from pipeline.writeback import Storing
 
 _EPILOG = """\b
@@ -374,8 +374,8 @@ def run(
     """
     begin = time.perf_counter()
     with _loading(), _foreign_output_diverted():
-        from pipeline.capacity import active_client, count_threads
         from pipeline.memory import PeakMemory
+        from pipeline.runtime.resources import active_client, count_threads
 
         matrix, sink = _prepare(**arguments)
     ready = time.perf_counter()
@@ -620,7 +620,7 @@ def _connected(
 
 @contextlib.contextmanager
 def _shown(unit: str, *, quiet: bool, progress: bool | None) -> Iterator[Watch]:
-    from pipeline.progress import ShownWatch
+    from pipeline.runtime.progress import ShownWatch
 
     with ShownWatch(unit, quiet=quiet, progress=progress) as watch:
         yield watch

@@ -12,36 +12,36 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from pipeline.arguments import check_flag, check_path, show
-from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.errors import InputError, IntegrityError
-from pipeline.identity import name_function
 from pipeline.journal import Request
 from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.matrix.sights import matrix_sights
 from pipeline.memory import budget, held_nbytes
 from pipeline.npy import create_npy, flush_npy, map_npy, mark_npy, reopen_npy
-from pipeline.placing import file_array, fill_array, is_large, new_array, own_array
 from pipeline.plan.group import GroupPlan, by_member, check_plan
-from pipeline.progress import shown
-from pipeline.sharing import FileArray
+from pipeline.runtime.identity import name_function
+from pipeline.runtime.placement import file_array, fill_array, is_large, new_array, own_array
+from pipeline.runtime.preflight import survey_workers
+from pipeline.runtime.progress import shown
+from pipeline.runtime.resources import active_client, count_threads, fit_memory
+from pipeline.runtime.shared_memory import FileArray
+from pipeline.runtime.tasks import Apply, BlockShape, Receipt, Work, check_apply_travels, prepare_work
 from pipeline.staging import check_destination, is_finished, is_result, stage_output
 from pipeline.storage.checksums import digest_array, record_entries
 from pipeline.storage.filesystem import say_refusals
 from pipeline.storage.locations import check_apart, locate
-from pipeline.tasks import Apply, BlockShape, Receipt, Work, check_apply_travels, prepare_work
-from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from pipeline.capacity import Footprint
     from pipeline.matrix.fingerprint import Stamp
     from pipeline.plan.plan import Cost, Plan
-    from pipeline.report import Watch
+    from pipeline.runtime.preflight import Survey
+    from pipeline.runtime.report import Watch
+    from pipeline.runtime.resources import Footprint
     from pipeline.staging import Stage
-    from pipeline.workers import Survey
 
 _FLUSH_SHARE = 4
 """Seconds of work for each second that flushing an `.npy` took, before the next: its pages lie scattered."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arguments import check_choice, check_flag, check_whole
-from pipeline.capacity import Footprint, active_client, count_threads, fit_memory
 from pipeline.errors import InputError
 from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
 from pipeline.journal import Request
@@ -26,12 +25,13 @@ from pipeline.matrix.sources import Source, open_source, referred_files
 from pipeline.memory import budget, parse_size
 from pipeline.outputs import find_output
 from pipeline.plan.cost import slab_nbytes
-from pipeline.progress import shown
-from pipeline.runs import open_run, run_tasks, writing
+from pipeline.runtime.preflight import survey_workers
+from pipeline.runtime.progress import shown
+from pipeline.runtime.resources import Footprint, active_client, count_threads, fit_memory
+from pipeline.runtime.runner import open_run, run_tasks, writing
+from pipeline.runtime.tasks import Receipt, name_tasks
 from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.storage.filesystem import say_refusals
-from pipeline.tasks import Receipt, name_tasks
-from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from pipeline.matrix.fingerprint import Stamp
     from pipeline.outputs import Output, Stage, Writer
-    from pipeline.report import Watch
+    from pipeline.runtime.report import Watch
     from pipeline.storage.locations import Location, Url
 
 _READ_SHARE = 0.25

@@ -21,7 +21,7 @@ from pipeline.matrix.keys import Keys
 from pipeline.memory import parse_size
 from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.readers.decoded import ArrayReader, ChunkReader, SortedWindows
-from pipeline.tasks import call_apply, cast_result, prepare_work
+from pipeline.runtime.tasks import call_apply, cast_result, prepare_work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from pipeline.matrix.fingerprint import Stamp
     from pipeline.plan.plan import Plan
-    from pipeline.tasks import Apply, Work
+    from pipeline.runtime.tasks import Apply, Work
 
 _KEPT_NBYTES = 128 * MIB
 _TOGETHER_NBYTES = 2 * MIB

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.errors import DiskSpaceError
 from pipeline.formatting import format_size
-from pipeline.sharing import FileArray
+from pipeline.runtime.shared_memory import FileArray
 from pipeline.storage.filesystem import flush, is_refused, open_regular, reserve, sync_path
 
 if TYPE_CHECKING:

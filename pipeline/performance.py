@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.capacity import active_client
 from pipeline.errors import InputError, OpenError, OutputExistsError
 from pipeline.redaction import plain_words, scrub
+from pipeline.runtime.resources import active_client
 from pipeline.storage.filesystem import may_write, move_file, pinned
 from pipeline.storage.locations import check_apart
 from pipeline.storage.trust import check_own, read_document

@@ -47,7 +47,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.capacity import active_client, shares_memory
 from pipeline.errors import InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.formatting import count_of, format_size
 from pipeline.ledger import Claim, Ledger
@@ -55,6 +54,7 @@ from pipeline.matrix.arrays import open_root
 from pipeline.matrix.conventions import ATTRIBUTE
 from pipeline.matrix.notice import read_notice, say_notice
 from pipeline.record import METADATA, parse_record, seal_document
+from pipeline.runtime.resources import active_client, shares_memory
 from pipeline.shards import create_array
 from pipeline.staging import say_kept
 from pipeline.storage.buckets import TakenError, open_bucket, put_once

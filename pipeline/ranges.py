@@ -6,20 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.capacity import active_client, count_threads, fit_memory
 from pipeline.formatting import MIB
 from pipeline.manifest import RANGE_NBYTES
 from pipeline.matrix.sights import storage_sights
-from pipeline.runs import run_tasks
-from pipeline.tasks import name_tasks
-from pipeline.workers import survey_workers
+from pipeline.runtime.preflight import survey_workers
+from pipeline.runtime.resources import active_client, count_threads, fit_memory
+from pipeline.runtime.runner import run_tasks
+from pipeline.runtime.tasks import name_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from pipeline.report import Watch
+    from pipeline.runtime.report import Watch
+    from pipeline.runtime.tasks import Receipt
     from pipeline.storage.base import Storage
-    from pipeline.tasks import Receipt
 
 _TASK_NBYTES = 64 * MIB
 _TASK_FILES = 1000

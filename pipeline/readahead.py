@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.capacity import active_client, closed_error, count_threads, fit_memory, is_in_task
 from pipeline.errors import BudgetError
-from pipeline.failures import stopped_error
 from pipeline.formatting import MIB
 from pipeline.matrix.sights import matrix_sights
-from pipeline.placing import fill_array, new_array
 from pipeline.plan.plan import BLOCK_NBYTES, Task
-from pipeline.report import watched
+from pipeline.runtime.placement import fill_array, new_array
+from pipeline.runtime.preflight import survey_workers
+from pipeline.runtime.report import watched
+from pipeline.runtime.resources import active_client, closed_error, count_threads, fit_memory, is_in_task
+from pipeline.runtime.retries import stopped_error
+from pipeline.runtime.tasks import Work, check_apply_travels
 from pipeline.storage.checksums import digest_array
-from pipeline.tasks import Work, check_apply_travels
-from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from pipeline.epochs import Epochs
     from pipeline.matrix.fingerprint import Stamp
     from pipeline.plan.plan import Plan
-    from pipeline.report import Watch
-    from pipeline.tasks import Receipt
-    from pipeline.workers import Survey
+    from pipeline.runtime.preflight import Survey
+    from pipeline.runtime.report import Watch
+    from pipeline.runtime.tasks import Receipt
 
 _GROUP_NBYTES = 64 * MIB
 """Bytes of the batches that are read together, unless one alone holds more."""

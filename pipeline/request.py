@@ -56,7 +56,7 @@ def prepare_request(
     """Do all of a run that comes before its cluster: open, draw, plan, check."""
     # Dask comes with the sinks: looking at a matrix needs none.
     from pipeline.collect import prepare_gathering
-    from pipeline.tasks import check_order
+    from pipeline.runtime.tasks import check_order
     from pipeline.writeback import prepare_storing
 
     suffix = locate(out).suffix if out is not None else None

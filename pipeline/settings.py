@@ -18,8 +18,8 @@ from pipeline.cluster.security import address_encryption
 from pipeline.cluster.spec import key_lines, merged_settings
 from pipeline.formatting import format_size
 from pipeline.memory import budget, parse_size
-from pipeline.progress import VARIABLE, read_setting
 from pipeline.redaction import without_secrets
+from pipeline.runtime.progress import VARIABLE, read_setting
 from pipeline.storage.concurrency import concurrency
 from pipeline.storage.zarrconfig import FUSED_PIPELINE, user_setting
 

@@ -17,13 +17,13 @@ from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.formatting import count_of, format_size
 from pipeline.inspection import Place, StoredArray, describe_arrays, say_runs
 from pipeline.manifest import Manifest
-from pipeline.progress import shown
 from pipeline.ranges import Range, cut_file, each_range, read_ranges
 from pipeline.record import METADATA, parse_record
+from pipeline.runtime.progress import shown
+from pipeline.runtime.tasks import Receipt
 from pipeline.storage.base import Folder, Objects, checksum
 from pipeline.storage.checksums import extend_crc32
 from pipeline.targets import DOCUMENTS, is_document, locate_files, open_target
-from pipeline.tasks import Receipt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from pipeline.inspection import Runs
     from pipeline.manifest import Checksums
-    from pipeline.report import Watch
+    from pipeline.runtime.report import Watch
     from pipeline.storage.base import Opened, Storage
     from pipeline.storage.locations import Url
 

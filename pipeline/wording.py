@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.formatting import count_of, format_size
-from pipeline.report import STAGES, loss_facts, name_limit, rerun_numbers, say_filled, share_seconds
+from pipeline.runtime.report import STAGES, loss_facts, name_limit, rerun_numbers, say_filled, share_seconds
 from pipeline.storage.filesystem import count_free
 from pipeline.storage.locations import Url
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.create import Creation
     from pipeline.matrix.matrix import Matrix
     from pipeline.matrix.opening import MatrixGroup
-    from pipeline.report import Watch
+    from pipeline.runtime.report import Watch
     from pipeline.storage.locations import Location
     from pipeline.writeback import Storing
 

@@ -10,10 +10,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.arguments import check_flag
-from pipeline.capacity import active_client, count_threads, fit_memory, shares_memory
 from pipeline.errors import InputError
 from pipeline.formatting import MIB
-from pipeline.identity import name_function
 from pipeline.journal import Request
 from pipeline.matrix.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.matrix.conventions import Labels, cast_attributes
@@ -22,13 +20,15 @@ from pipeline.matrix.rows import window_rows
 from pipeline.matrix.sights import matrix_sights
 from pipeline.outputs import find_output
 from pipeline.plan.group import GroupPlan, by_member, plans_of
-from pipeline.progress import shown
-from pipeline.runs import open_run, run_tasks, writing
+from pipeline.runtime.identity import name_function
+from pipeline.runtime.preflight import survey_workers
+from pipeline.runtime.progress import shown
+from pipeline.runtime.resources import active_client, count_threads, fit_memory, shares_memory
+from pipeline.runtime.runner import open_run, run_tasks, writing
+from pipeline.runtime.tasks import check_apply_travels, check_order, make_block, name_tasks, prepare_work
 from pipeline.shards import SHARD_NBYTES, cut_results
 from pipeline.storage.checksums import digest_array
 from pipeline.storage.filesystem import say_refusals
-from pipeline.tasks import check_apply_travels, check_order, make_block, name_tasks, prepare_work
-from pipeline.workers import survey_workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.capacity import Footprint
     from pipeline.matrix.fingerprint import Stamp
     from pipeline.outputs import Output, Stage, Writer
     from pipeline.plan.plan import Cost, Order, Plan, Task
-    from pipeline.report import Watch
+    from pipeline.runtime.report import Watch
+    from pipeline.runtime.resources import Footprint
+    from pipeline.runtime.tasks import Apply, BlockShape, Receipt, Work
     from pipeline.shards import Cut
     from pipeline.storage.checksums import FileRecord
     from pipeline.storage.locations import Location
-    from pipeline.tasks import Apply, BlockShape, Receipt, Work
 
 ALONE = "windows"
 """Name of the array of a result that has one."""

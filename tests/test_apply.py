@@ -15,7 +15,7 @@ from distributed.protocol import pickle as dask_pickle
 
 import pipeline
 from pipeline import request
-from pipeline.tasks import prepare_work
+from pipeline.runtime.tasks import prepare_work
 from tests.layouts import distinct, stack
 
 LENGTH = 16

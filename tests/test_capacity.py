@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import capacity
 from pipeline.errors import BudgetError
 from pipeline.formatting import MIB
 from pipeline.memory import Budget
+from pipeline.runtime import resources as capacity
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ import pytest
 import zarr
 
 import pipeline
-from pipeline import demo, errors, progress
+from pipeline import demo, errors
 from pipeline.cli import cli as commands
-from pipeline.tasks import Receipt
+from pipeline.runtime import progress
+from pipeline.runtime.tasks import Receipt
 
 WAITS = """
 import sys

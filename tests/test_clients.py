@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import capacity
 from pipeline.cluster import connect as module
 from pipeline.cluster.connect import connect
 from pipeline.errors import BudgetError, OpenError
 from pipeline.memory import Budget, resident_nbytes
+from pipeline.runtime import resources as capacity
 
 
 @pytest.fixture(autouse=True)

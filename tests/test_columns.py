@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from zarr.storage import ObjectStore
 
 import pipeline
-from pipeline import memory, placing
+from pipeline import memory
 from pipeline.errors import IntegrityError
 from pipeline.plan import plan
 from pipeline.readers import choose as readers
 from pipeline.readers import ranged
+from pipeline.runtime import placement as placing
+from pipeline.runtime.tasks import prepare_work, read_slabs, read_windows
 from pipeline.storage import preads
-from pipeline.tasks import prepare_work, read_slabs, read_windows
 from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
 
 VALUES = distinct()

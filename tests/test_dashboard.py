@@ -17,11 +17,11 @@ import pytest
 from distributed.deploy import Cluster
 
 import pipeline
-from pipeline import runs
 from pipeline.cluster import dashboard
 from pipeline.cluster.connect import connect
 from pipeline.cluster.dashboard import Address, dashboard_link, locate_dashboard, say_dashboard
-from pipeline.tasks import name_tasks
+from pipeline.runtime import runner as runs
+from pipeline.runtime.tasks import name_tasks
 
 HERE = socket.gethostname()
 DISTANT = "192.0.2.77"

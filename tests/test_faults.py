@@ -21,12 +21,15 @@ import pytest
 from distributed.chaos import KillWorker
 
 import pipeline
-from pipeline import failures, flights, progress, runs
 from pipeline.cluster.connect import connect
 from pipeline.collect import prepare_gathering
-from pipeline.report import Watch
+from pipeline.runtime import distributed as flights
+from pipeline.runtime import progress
+from pipeline.runtime import retries as failures
+from pipeline.runtime import runner as runs
+from pipeline.runtime.report import Watch
+from pipeline.runtime.tasks import Receipt, name_tasks
 from pipeline.storage import preads
-from pipeline.tasks import Receipt, name_tasks
 from pipeline.writeback import prepare_storing
 
 ROWS, COLUMNS, LENGTH = 2_000, 20, 16
@@ -650,7 +653,7 @@ class TestStall:
 COMMAND = """
 import sys, threading
 import pipeline.plan.plan
-from pipeline import progress
+from pipeline.runtime import progress
 from pipeline.cluster import signals
 from pipeline.cli import main
 

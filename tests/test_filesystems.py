@@ -23,7 +23,7 @@ import pipeline
 from pipeline import holding, staging
 from pipeline.cli import main
 from pipeline.journal import Request
-from pipeline.report import Watch
+from pipeline.runtime.report import Watch
 from pipeline.storage import filesystem
 from tests.test_resume import (  # noqa: F401 (fixtures)
     EXPECTED,

@@ -267,8 +267,9 @@ def held_locks():
     import dask.threaded
     from distributed.utils import LoopRunner
 
-    from pipeline import memory, runs
+    from pipeline import memory
     from pipeline.matrix import keys
+    from pipeline.runtime import runner as runs
     from pipeline.storage import buckets
 
     return {

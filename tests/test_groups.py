@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 import pipeline
 from pipeline.collect import prepare_gathering
 from pipeline.matrix.opening import choose_members
-from pipeline.report import Watch
+from pipeline.runtime.report import Watch
 from pipeline.writeback import prepare_storing
 
 ROWS, LENGTH = 600, 9
@@ -567,7 +567,7 @@ def test_a_killed_run_goes_on(samples, tmp_path):
     script = f"""
 import os, signal, sys
 import pipeline.plan.plan as planning
-import pipeline.report as reports
+import pipeline.runtime.report as reports
 planning._LEAST_BLOCK_NBYTES, planning._FEWEST_TASKS = 1, 4
 real, count = reports.Watch.task_done, [0]
 def task_done(self, receipt):

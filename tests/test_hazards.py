@@ -125,7 +125,7 @@ class Failing(WrapperStore[MemoryStore]):
 def test_a_store_that_fails_its_nth_reading(
     compressed: bool, for_good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.failures._PAUSES", ())
+    monkeypatch.setattr("pipeline.runtime.retries._PAUSES", ())
     store: Store = MemoryStore()
     compressors = zarr.codecs.ZstdCodec() if compressed else None
     zarr.create_array(store, data=A, chunks=(CHUNK, 3), compressors=compressors, filters=None)

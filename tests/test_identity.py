@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.identity import name_function
+from pipeline.runtime.identity import name_function
 
 
 def scale(block, k=1):
@@ -109,7 +109,7 @@ def test_the_same_in_any_process(tmp_path):
         "double = Scaler(2)\n"
         "closed = (lambda k: lambda b: b * k)(np.arange(4.0))\n"
     )
-    code = "import features as f; from pipeline.identity import name_function as n; "
+    code = "import features as f; from pipeline.runtime.identity import name_function as n; "
     code += "print(*map(n, (f.mean, f.half, f.double, f.closed)), sep='|')"
     said = {
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout

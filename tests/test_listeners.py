@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.cluster import security
 from pipeline.cluster.connect import connect
-from pipeline.sharing import share_memory
+from pipeline.runtime.shared_memory import share_memory
 from tests.sockets import LOOPBACK, listening
 from tests.stranger import UID, intrude
 from tests.test_service_contract import describe

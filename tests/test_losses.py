@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import losses
 from pipeline.cluster import worker_exits as nannies
 from pipeline.cluster.connect import connect
 from pipeline.cluster.dashboard import dashboard_link
 from pipeline.collect import prepare_gathering
 from pipeline.create import plan_creation
-from pipeline.losses import Loss
-from pipeline.report import Watch
+from pipeline.runtime import lost_workers as losses
+from pipeline.runtime.lost_workers import Loss
+from pipeline.runtime.report import Watch
 from pipeline.verification import prepare_verification
 from pipeline.writeback import prepare_storing
 

@@ -29,7 +29,7 @@ import pipeline
 from pipeline import publication
 from pipeline.create import plan_creation
 from pipeline.ledger import Ledger
-from pipeline.report import Watch
+from pipeline.runtime.report import Watch
 from pipeline.storage.buckets import Bucket, Held, TakenError, open_bucket
 from pipeline.storage.locations import Url, locate
 from pipeline.storage.stores import open_store
@@ -125,8 +125,8 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
     monkeypatch.setattr("pipeline.plan.plan._FEWEST_TASKS", TASKS)
     # One after the other, each journaled before the next begins.
-    monkeypatch.setattr("pipeline.runs._TOGETHER", 1)
-    monkeypatch.setattr("pipeline.runs.count_threads", lambda _: 0)
+    monkeypatch.setattr("pipeline.runtime.runner._TOGETHER", 1)
+    monkeypatch.setattr("pipeline.runtime.runner.count_threads", lambda _: 0)
     with dask.config.set(scheduler="synchronous"):
         yield
 
@@ -988,7 +988,7 @@ class Killing(results.Watch):
         print("finished", receipt.number, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-pipeline.runs._TOGETHER, pipeline.runs.count_threads = 1, lambda _: 0
+pipeline.runtime.runner._TOGETHER, pipeline.runtime.runner.count_threads = 1, lambda _: 0
 with dask.config.set(scheduler="synchronous"):
     results.store(Path(sys.argv[1]), sys.argv[2], Killing(), resume=True)
 """
@@ -1060,7 +1060,7 @@ class TestS3:
 
     def test_a_store_that_stays_away(self, local: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("pipeline.storage.stores._RETRIES", {"max_retries": 0})
-        monkeypatch.setattr("pipeline.failures._PAUSES", (0.01, 0.01))
+        monkeypatch.setattr("pipeline.runtime.retries._PAUSES", (0.01, 0.01))
         bucket.proxy.trouble("error", method="PUT", key="windows/c/2", times=10**6)
         with pytest.raises(pipeline.OpenError, match=f"a store can be written to; {bucket.url}") as failed:
             store(local, bucket.url, Watch())

@@ -41,7 +41,7 @@ HASTE = {
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """And no task is run again."""
-    monkeypatch.setattr("pipeline.failures._PAUSES", ())
+    monkeypatch.setattr("pipeline.runtime.retries._PAUSES", ())
     with dask.config.set(scheduler="synchronous"):
         yield
 
@@ -281,7 +281,7 @@ class TestWhatPasses:
         struck = bucket.proxy.trouble("error", method="GET", key="/c/4/0/0", amount=503, times=6)
         with pytest.raises(pipeline.OpenError, match="503"):
             gather(matrix)
-        monkeypatch.setattr("pipeline.failures._PAUSES", (0.01,))
+        monkeypatch.setattr("pipeline.runtime.retries._PAUSES", (0.01,))
         gather(matrix)
         assert struck.done == 6
 

@@ -16,8 +16,8 @@ from matplotlib import pyplot as plt
 
 import pipeline
 from pipeline.plan.plots import draw_runs, plot_split, plot_starts
-from pipeline.report import Run
-from pipeline.tasks import Receipt
+from pipeline.runtime.report import Run
+from pipeline.runtime.tasks import Receipt
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_without_matplotlib(plan, monkeypatch):
 def test_a_curve_stays_short(monkeypatch):
     """A million tasks are as many as a plan may have; most of what comes at once is one moment."""
     now = 0.0
-    monkeypatch.setattr("pipeline.report.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("pipeline.runtime.report.time", SimpleNamespace(perf_counter=lambda: now))
     run = Run("gather", threads=2, repetition=1.0, pulled=False)
     run.tasks, run.units, run.nbytes = 100_000, 100_000, 800_000
     for number in range(100_000):

@@ -20,10 +20,10 @@ import pytest
 from nbclient import NotebookClient
 
 import pipeline
-from pipeline import progress
-from pipeline.capacity import measure_workers
-from pipeline.report import Watch
-from pipeline.tasks import Receipt
+from pipeline.runtime import progress
+from pipeline.runtime.report import Watch
+from pipeline.runtime.resources import measure_workers
+from pipeline.runtime.tasks import Receipt
 
 
 class Stream(io.StringIO):
@@ -356,7 +356,7 @@ def test_the_bar_follows_finished_tasks(samples, tmp_path, fast, monkeypatch, cl
 def test_without_a_cluster_each_task_moves_the_bar(samples, tmp_path, fast, monkeypatch, function):
     """Not only the group of tasks whose results Dask's own scheduler hands over together."""
     stream, events = fast(tty=True), []
-    monkeypatch.setattr("pipeline.runs._TOGETHER", 1000)
+    monkeypatch.setattr("pipeline.runtime.runner._TOGETHER", 1000)
     move, done = progress.Progress._move, Watch.task_done
     monkeypatch.setattr(
         progress.Progress,
@@ -444,8 +444,8 @@ def test_a_notebook_shows_a_bar_and_no_warning(samples, tmp_path, monkeypatch, v
     source = f"""
 import warnings
 warnings.simplefilter("always")
-import pipeline, pipeline.progress
-pipeline.progress._DELAY_SECONDS = 0.0
+import pipeline, pipeline.runtime.progress
+pipeline.runtime.progress._DELAY_SECONDS = 0.0
 matrix = pipeline.open_matrix({str(samples / "A.zarr")!r})
 plan = pipeline.plan_windows(matrix, list(range(0, 1900, 10)), length=16)
 assert pipeline.gather(plan).shape == (190, 16, 20)

@@ -460,7 +460,7 @@ def test_inner_chunks_may_share_their_bytes(bare):
 
 @pytest.mark.parametrize("client", [False, True])
 def test_a_failure_under_way_names_its_task(layouts, client, monkeypatch):
-    monkeypatch.setattr("pipeline.failures._PAUSES", (0.01,))
+    monkeypatch.setattr("pipeline.runtime.retries._PAUSES", (0.01,))
 
     class Failing(Watched):
         broken = False

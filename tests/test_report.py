@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import pipeline
-from pipeline.report import Watch, name_limit, share_seconds, watched
-from pipeline.tasks import Receipt
+from pipeline.runtime.report import Watch, name_limit, share_seconds, watched
+from pipeline.runtime.tasks import Receipt
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from pipeline.create import plan_creation
 from pipeline.journal import Journal, Request
 from pipeline.npy import read_mark
 from pipeline.record import read_record, seal_folder
-from pipeline.report import Watch
+from pipeline.runtime.report import Watch
 from pipeline.shards import Cut, create_array, write_entries
 from pipeline.storage.checksums import FileRecord
 from pipeline.writeback import prepare_storing

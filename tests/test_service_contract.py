@@ -19,7 +19,7 @@ from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
 import pipeline
-from pipeline.report import Watch
+from pipeline.runtime.report import Watch
 from pipeline.writeback import prepare_storing
 
 if TYPE_CHECKING:

@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import memory, placing, sharing
-from pipeline.capacity import Footprint
+from pipeline import memory
 from pipeline.errors import IncompleteError
 from pipeline.readers.choose import choose_reader
-from pipeline.sharing import open_handle, share_file, share_memory
-from pipeline.tasks import prepare_work
+from pipeline.runtime import placement as placing
+from pipeline.runtime import shared_memory as sharing
+from pipeline.runtime.resources import Footprint
+from pipeline.runtime.shared_memory import open_handle, share_file, share_memory
+from pipeline.runtime.tasks import prepare_work
 from tests.layouts import LAYOUTS, READERS, distinct, open_layout, stack
 
 LENGTH = 16
@@ -462,7 +464,7 @@ class TestGather:
     def test_results_that_wait_are_few(self, at_once, plan, windows, processes, monkeypatch):
         """What the client holds of returned blocks is bounded by the tasks that memory allows at once."""
         Arrivals.held = Arrivals.most = 0
-        monkeypatch.setattr("pipeline.flights.SimpleQueue", Arrivals)
+        monkeypatch.setattr("pipeline.runtime.distributed.SimpleQueue", Arrivals)
         monkeypatch.setattr("pipeline.collect.fit_memory", lambda *_, **__: Footprint(at_once, at_once, 0))
         processes.run(hide)
         try:

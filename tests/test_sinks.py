@@ -27,7 +27,7 @@ from pipeline.journal import Request
 from pipeline.readers import choose as readers
 from pipeline.readers import decoded as decoding
 from pipeline.readers import runs as pieces
-from pipeline.runs import open_run, writing
+from pipeline.runtime.runner import open_run, writing
 from tests.layouts import LAYOUTS, READERS, ROWS, distinct, open_layout, stack
 
 STARTS = [0, 195, 3, 3, 100, 8, 9, 10, 7, 64, 31, 32, 60, 150, 151, 152, 1, 195, 16, 17]

@@ -10,7 +10,7 @@ import zarr
 
 import pipeline
 from pipeline.redaction import plain_words
-from pipeline.report import Watch
+from pipeline.runtime.report import Watch
 
 EVIL = "a\x1b]0;gotcha\x07\x1b[2J\r\x9b\u202eb"
 """Sets a terminal's title, clears it, goes to the line's begin, begins a sequence of one byte, and turns the text."""

@@ -13,7 +13,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 import pipeline
-from pipeline.report import Watch
+from pipeline.runtime.report import Watch
 from pipeline.storage.base import Folder, checksum
 from pipeline.storage.checksums import extend_crc32
 from pipeline.verification import prepare_verification

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import workers
 from pipeline.errors import OpenError
 from pipeline.matrix import sights
-from pipeline.report import Watch
-from pipeline.workers import IN_PROCESS, Answer, Terms, survey_workers
+from pipeline.runtime import preflight as workers
+from pipeline.runtime.preflight import IN_PROCESS, Answer, Terms, survey_workers
+from pipeline.runtime.report import Watch
 
 LENGTH = 16
 STARTS = [5, 1800, 900, 31, 32, 1234, 1984, 400, 401, 77, 650, 1500, 0, 299]

@@ -36,8 +36,8 @@ import distributed
 from pipeline.matrix.opening import open_matrix
 from pipeline.plan.group import plan_windows
 from pipeline.plan.starts import draw_starts
-from pipeline.runs import run_tasks
-from pipeline.tasks import Receipt, Work, name_tasks, prepare_work
+from pipeline.runtime.runner import run_tasks
+from pipeline.runtime.tasks import Receipt, Work, name_tasks, prepare_work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from dask.base import annotate, get_annotations
 
-from pipeline.failures import Retries, Watchdog, killed_error, stopped_error, task_error
 from pipeline.formatting import count_of
-from pipeline.losses import Losses
+from pipeline.runtime.lost_workers import Losses
+from pipeline.runtime.retries import Retries, Watchdog, killed_error, stopped_error, task_error
 
 if TYPE_CHECKING:
     import threading
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dask.delayed import Delayed
 
-    from pipeline.losses import Observer
+    from pipeline.runtime.lost_workers import Observer
 
 _CLOSE_SECONDS = 4
 _STOPPED_SECONDS = 0.2

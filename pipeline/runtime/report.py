@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from pipeline.losses import Loss
-    from pipeline.tasks import Receipt
+    from pipeline.runtime.lost_workers import Loss
+    from pipeline.runtime.tasks import Receipt
 
 _LEAST_SECONDS = 0.2
 """A shorter run says nothing of what limited it."""
@@ -395,7 +395,7 @@ def watched(verb: str, *, repetition: float = 1.0, pulled: bool = False) -> Iter
     if not reports:
         yield Watch()
         return
-    from pipeline.capacity import active_client, count_threads
+    from pipeline.runtime.resources import active_client, count_threads
 
     run = Run(verb, threads=count_threads(active_client()), repetition=repetition, pulled=pulled)
     for report in reports:

@@ -13,12 +13,12 @@ from dask import config
 from dask.base import compute
 from dask.callbacks import Callback
 
-from pipeline.capacity import active_client, count_threads, own_scheduler, shares_memory
 from pipeline.errors import IncompleteError
-from pipeline.failures import Retries, stopped_error
-from pipeline.flights import Flight, name_span
-from pipeline.losses import Unobserved
 from pipeline.process import after_fork, renewed
+from pipeline.runtime.distributed import Flight, name_span
+from pipeline.runtime.lost_workers import Unobserved
+from pipeline.runtime.resources import active_client, count_threads, own_scheduler, shares_memory
+from pipeline.runtime.retries import Retries, stopped_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from dask.delayed import Delayed
 
-    from pipeline.losses import Observer
+    from pipeline.runtime.lost_workers import Observer
 
 
 _CLOSE_SECONDS = 4

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.capacity import active_client, shares_memory
 from pipeline.cluster.connect import await_worker
 from pipeline.cluster.security import is_plain
 from pipeline.errors import OpenError, PipelineError
 from pipeline.formatting import count_of
-from pipeline.sharing import open_handle, share_memory
+from pipeline.runtime.resources import active_client, shares_memory
+from pipeline.runtime.shared_memory import open_handle, share_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pipeline.matrix.sights import Sight
-    from pipeline.sharing import Handle
+    from pipeline.runtime.shared_memory import Handle
 
 _PACKAGE = "random-windows"
 _DECIDING = {_PACKAGE: 3, "python": 2, "dask": 2, "distributed": 2, "zarr": 2, "numpy": 1}

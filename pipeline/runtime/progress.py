@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from dask.callbacks import Callback
 
 from pipeline.arguments import check_flag
-from pipeline.capacity import active_client, count_threads, is_in_task, measure_workers
 from pipeline.errors import InputError
 from pipeline.formatting import count_of, format_size
 from pipeline.memory import held_nbytes
 from pipeline.redaction import plain_words
-from pipeline.report import Watch, watched
-from pipeline.tasks import Receipt
+from pipeline.runtime.report import Watch, watched
+from pipeline.runtime.resources import active_client, count_threads, is_in_task, measure_workers
+from pipeline.runtime.tasks import Receipt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

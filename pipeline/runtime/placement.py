@@ -13,10 +13,10 @@ import numpy as np
 from pipeline.errors import BudgetError, DiskSpaceError, IncompleteError, OpenError, PipelineError
 from pipeline.formatting import MIB
 from pipeline.process import after_fork
-from pipeline.runs import close_run, open_run, run_tasks, writing
-from pipeline.sharing import PAGE, FileArray, is_memory, open_handle, share_file, share_memory
+from pipeline.runtime.runner import close_run, open_run, run_tasks, writing
+from pipeline.runtime.shared_memory import PAGE, FileArray, is_memory, open_handle, share_file, share_memory
+from pipeline.runtime.tasks import Receipt, make_block, name_tasks, read_slabs, read_windows
 from pipeline.storage.checksums import FileRecord, extend_crc32, record_entries
-from pipeline.tasks import Receipt, make_block, name_tasks, read_slabs, read_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.plan.plan import Task
-    from pipeline.sharing import Handle, Shared, Writer
-    from pipeline.tasks import Work
-    from pipeline.workers import Survey
+    from pipeline.runtime.preflight import Survey
+    from pipeline.runtime.shared_memory import Handle, Shared, Writer
+    from pipeline.runtime.tasks import Work
 
 _CLOSE_SECONDS = 1
 """How long a worker that did not answer when the run ended may take to finish what it writes."""

@@ -1,0 +1,1 @@
+"""Tasks on Dask: built, run, bounded, retried, placed and counted."""
