@@ -34,17 +34,17 @@ if TYPE_CHECKING:
         OutputExistsError,
         PipelineError,
     )
+    from pipeline.integrity.recording import write_manifest
+    from pipeline.integrity.verify import verify
     from pipeline.matrix.matrix import Matrix
     from pipeline.matrix.opening import MatrixGroup, open_matrix
     from pipeline.plan.group import GroupPlan, plan_windows
     from pipeline.plan.plan import Plan
     from pipeline.plan.split import split_rows
     from pipeline.plan.starts import draw_starts, grid_starts
-    from pipeline.recording import write_manifest
     from pipeline.runtime.report import Report
     from pipeline.runtime.tasks import build_tasks
     from pipeline.sampler import ChunkBatchSampler
-    from pipeline.verification import verify
     from pipeline.writeback import store
 
 # Its hooks come before the first fork.
@@ -79,8 +79,8 @@ _HOMES = {
     "plan_windows": "plan.group",
     "split_rows": "plan.split",
     "store": "writeback",
-    "verify": "verification",
-    "write_manifest": "recording",
+    "verify": "integrity.verify",
+    "write_manifest": "integrity.recording",
 }
 
 __all__ = [

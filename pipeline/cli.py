@@ -434,9 +434,9 @@ def verify(
     """
     begin = time.perf_counter()
     with _loading():
+        from pipeline.integrity.recording import prepare_recording
+        from pipeline.integrity.verify import parse_subset, prepare_verification
         from pipeline.memory import PeakMemory
-        from pipeline.recording import prepare_recording
-        from pipeline.verification import parse_subset, prepare_verification
 
         if write_manifest is None:
             share = 1.0 if subset is None else parse_subset(subset)

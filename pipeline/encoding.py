@@ -13,10 +13,10 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import IntegrityError
+from pipeline.integrity.record import record_file
 from pipeline.matrix.chunks import CHECKSUM_NBYTES
 from pipeline.matrix.layout import Files
 from pipeline.plan.cost import slab_nbytes
-from pipeline.record import record_file
 from pipeline.storage.checksums import FileRecord, extend_crc32
 from pipeline.storage.filesystem import advise, flush, move_file
 

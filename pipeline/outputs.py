@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeline.integrity.record import seal_folder
 from pipeline.matrix.sights import output_sights
 from pipeline.plan.cost import writing_nbytes
 from pipeline.publication import BucketOutput
-from pipeline.record import seal_folder
 from pipeline.shards import create_array, write_entries
 from pipeline.staging import check_destination, is_finished, is_result, stage_output
 from pipeline.storage.locations import check_apart, locate

@@ -49,11 +49,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.formatting import count_of, format_size
+from pipeline.integrity.record import METADATA, parse_record, seal_document
 from pipeline.ledger import Claim, Ledger
 from pipeline.matrix.arrays import open_root
 from pipeline.matrix.conventions import ATTRIBUTE
 from pipeline.matrix.notice import read_notice, say_notice
-from pipeline.record import METADATA, parse_record, seal_document
 from pipeline.runtime.resources import active_client, shares_memory
 from pipeline.shards import create_array
 from pipeline.staging import say_kept
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
 
     import zarr
 
+    from pipeline.integrity.record import Record
     from pipeline.journal import Request
-    from pipeline.record import Record
     from pipeline.storage.buckets import Bucket, Held
     from pipeline.storage.checksums import FileRecord
     from pipeline.storage.locations import Url

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.formatting import count_of, format_size
 from pipeline.holding import NAMES, hold, refuse_held
+from pipeline.integrity.record import METADATA, list_files, read_record, record_file
 from pipeline.journal import Journal
 from pipeline.npy import is_whole_npy, read_mark
-from pipeline.record import METADATA, list_files, read_record, record_file
 from pipeline.storage.filesystem import (
     count_free,
     is_ghost,

@@ -36,7 +36,7 @@ FLOWS = {
     "info": "pipeline.request.open_matrix",
     "plan": "pipeline.request.open_matrix",
     "run": "pipeline.request.open_matrix",
-    "verify": "pipeline.verification.prepare_verification",
+    "verify": "pipeline.integrity.verify.prepare_verification",
     "demo": "pipeline.demo.run_demo",
     "bench": "pipeline.bench.run.run_bench",
 }

@@ -23,9 +23,9 @@ import pipeline
 from pipeline import holding, staging
 from pipeline.collect import prepare_gathering
 from pipeline.create import plan_creation
+from pipeline.integrity.record import read_record, seal_folder
 from pipeline.journal import Journal, Request
 from pipeline.npy import read_mark
-from pipeline.record import read_record, seal_folder
 from pipeline.runtime.report import Watch
 from pipeline.shards import Cut, create_array, write_entries
 from pipeline.storage.checksums import FileRecord

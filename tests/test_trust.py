@@ -11,9 +11,9 @@ import pytest
 import pipeline
 from pipeline.errors import OpenError, OutputExistsError
 from pipeline.holding import find_holder, hold
+from pipeline.integrity.manifest import Checksums, Manifest
+from pipeline.integrity.record import parse_record, read_record
 from pipeline.journal import Journal, Request
-from pipeline.manifest import Checksums, Manifest
-from pipeline.record import parse_record, read_record
 from pipeline.staging import stage_output
 from pipeline.storage.trust import read_document
 

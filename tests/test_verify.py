@@ -13,10 +13,10 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 import pipeline
+from pipeline.integrity.verify import prepare_verification
 from pipeline.runtime.report import Watch
 from pipeline.storage.base import Folder, checksum
 from pipeline.storage.checksums import extend_crc32
-from pipeline.verification import prepare_verification
 from tests.layouts import LAYOUTS, STORES, distinct
 
 CHECKED = {

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.arguments import check_path
 from pipeline.errors import IntegrityError, OpenError, OutputExistsError
 from pipeline.formatting import count_of, format_size
-from pipeline.manifest import Checksums, Manifest
-from pipeline.ranges import Range, cut_file, each_range, read_ranges
+from pipeline.integrity.manifest import Checksums, Manifest
+from pipeline.integrity.ranges import Range, cut_file, each_range, read_ranges
+from pipeline.integrity.targets import locate_files, open_target
 from pipeline.runtime.progress import shown
 from pipeline.runtime.tasks import Receipt
 from pipeline.storage.base import Folder, checksum
 from pipeline.storage.checksums import extend_crc32
 from pipeline.storage.locations import check_apart
-from pipeline.targets import locate_files, open_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.formatting import MIB
-from pipeline.manifest import RANGE_NBYTES
+from pipeline.integrity.manifest import RANGE_NBYTES
 from pipeline.matrix.sights import storage_sights
 from pipeline.runtime.preflight import survey_workers
 from pipeline.runtime.resources import active_client, count_threads, fit_memory

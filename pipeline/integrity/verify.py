@@ -15,23 +15,23 @@ import numpy as np
 from pipeline.arguments import check_path, check_whole, show
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.formatting import count_of, format_size
-from pipeline.inspection import Place, StoredArray, describe_arrays, say_runs
-from pipeline.manifest import Manifest
-from pipeline.ranges import Range, cut_file, each_range, read_ranges
-from pipeline.record import METADATA, parse_record
+from pipeline.integrity.inspection import Place, StoredArray, describe_arrays, say_runs
+from pipeline.integrity.manifest import Manifest
+from pipeline.integrity.ranges import Range, cut_file, each_range, read_ranges
+from pipeline.integrity.record import METADATA, parse_record
+from pipeline.integrity.targets import DOCUMENTS, is_document, locate_files, open_target
 from pipeline.runtime.progress import shown
 from pipeline.runtime.tasks import Receipt
 from pipeline.storage.base import Folder, Objects, checksum
 from pipeline.storage.checksums import extend_crc32
-from pipeline.targets import DOCUMENTS, is_document, locate_files, open_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import zarr
 
-    from pipeline.inspection import Runs
-    from pipeline.manifest import Checksums
+    from pipeline.integrity.inspection import Runs
+    from pipeline.integrity.manifest import Checksums
     from pipeline.runtime.report import Watch
     from pipeline.storage.base import Opened, Storage
     from pipeline.storage.locations import Url

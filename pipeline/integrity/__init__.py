@@ -1,0 +1,1 @@
+"""What stored bytes should be and whether they still are: record, manifest and verify."""
