@@ -10,8 +10,8 @@ from pipeline.arguments import check_flag, check_mapping, check_whole, is_whole,
 from pipeline.epochs import Epochs
 from pipeline.errors import IncompleteError, InputError
 from pipeline.formatting import count_of
-from pipeline.journal import Request
 from pipeline.matrix.fingerprint import stamp_matrix
+from pipeline.outputs.journal import Request
 from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.process import close_at_exit, is_ending
 from pipeline.readahead import Member, Position, Reading

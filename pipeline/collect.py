@@ -13,11 +13,12 @@ import numpy as np
 
 from pipeline.arguments import check_flag, check_path, show
 from pipeline.errors import InputError, IntegrityError
-from pipeline.journal import Request
 from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.matrix.sights import matrix_sights
 from pipeline.memory import budget, held_nbytes
-from pipeline.npy import create_npy, flush_npy, map_npy, mark_npy, reopen_npy
+from pipeline.outputs.folder import check_destination, is_finished, is_result, stage_output
+from pipeline.outputs.journal import Request
+from pipeline.outputs.npy import create_npy, flush_npy, map_npy, mark_npy, reopen_npy
 from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.runtime.identity import name_function
 from pipeline.runtime.placement import file_array, fill_array, is_large, new_array, own_array
@@ -26,7 +27,6 @@ from pipeline.runtime.progress import shown
 from pipeline.runtime.resources import active_client, count_threads, fit_memory
 from pipeline.runtime.shared_memory import FileArray
 from pipeline.runtime.tasks import Apply, BlockShape, Receipt, Work, check_apply_travels, prepare_work
-from pipeline.staging import check_destination, is_finished, is_result, stage_output
 from pipeline.storage.checksums import digest_array, record_entries
 from pipeline.storage.filesystem import say_refusals
 from pipeline.storage.locations import check_apart, locate
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.matrix.fingerprint import Stamp
+    from pipeline.outputs.folder import Stage
     from pipeline.plan.plan import Cost, Plan
     from pipeline.runtime.preflight import Survey
     from pipeline.runtime.report import Watch
     from pipeline.runtime.resources import Footprint
-    from pipeline.staging import Stage
 
 _FLUSH_SHARE = 4
 """Seconds of work for each second that flushing an `.npy` took, before the next: its pages lie scattered."""

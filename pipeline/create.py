@@ -15,7 +15,6 @@ import numpy as np
 from pipeline.arguments import check_choice, check_flag, check_whole
 from pipeline.errors import InputError
 from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
-from pipeline.journal import Request
 from pipeline.matrix.arrays import locate_array
 from pipeline.matrix.attributes import Description
 from pipeline.matrix.fingerprint import stamp_source
@@ -23,14 +22,15 @@ from pipeline.matrix.matrix import Matrix, open_single
 from pipeline.matrix.sights import source_sights
 from pipeline.matrix.sources import Source, open_source, referred_files
 from pipeline.memory import budget, parse_size
-from pipeline.outputs import find_output
+from pipeline.outputs.journal import Request
+from pipeline.outputs.output import find_output
+from pipeline.outputs.shards import Compression, Cut, cut_rows
 from pipeline.plan.cost import slab_nbytes
 from pipeline.runtime.preflight import survey_workers
 from pipeline.runtime.progress import shown
 from pipeline.runtime.resources import Footprint, active_client, count_threads, fit_memory
 from pipeline.runtime.runner import open_run, run_tasks, writing
 from pipeline.runtime.tasks import Receipt, name_tasks
-from pipeline.shards import Compression, Cut, cut_rows
 from pipeline.storage.filesystem import say_refusals
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
     from pipeline.matrix.fingerprint import Stamp
-    from pipeline.outputs import Output, Stage, Writer
+    from pipeline.outputs.output import Output, Stage, Writer
     from pipeline.runtime.report import Watch
     from pipeline.storage.locations import Location, Url
 

@@ -11,11 +11,11 @@ from pipeline.collect import gather
 from pipeline.create import create_matrix
 from pipeline.errors import IntegrityError
 from pipeline.formatting import MIB, format_size
-from pipeline.journal import Request
-from pipeline.npy import map_npy
+from pipeline.outputs.folder import check_destination, stage_output
+from pipeline.outputs.journal import Request
+from pipeline.outputs.npy import map_npy
 from pipeline.plan.group import plan_windows
 from pipeline.plan.starts import draw_starts
-from pipeline.staging import check_destination, stage_output
 from pipeline.storage.filesystem import flush
 from pipeline.writeback import store
 

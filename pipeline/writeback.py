@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.arguments import check_flag
 from pipeline.errors import InputError
 from pipeline.formatting import MIB
-from pipeline.journal import Request
 from pipeline.matrix.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.matrix.conventions import Labels, cast_attributes
 from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.matrix.rows import window_rows
 from pipeline.matrix.sights import matrix_sights
-from pipeline.outputs import find_output
+from pipeline.outputs.journal import Request
+from pipeline.outputs.output import find_output
+from pipeline.outputs.shards import SHARD_NBYTES, cut_results
 from pipeline.plan.group import GroupPlan, by_member, plans_of
 from pipeline.runtime.identity import name_function
 from pipeline.runtime.preflight import survey_workers
@@ -26,7 +27,6 @@ from pipeline.runtime.progress import shown
 from pipeline.runtime.resources import active_client, count_threads, fit_memory, shares_memory
 from pipeline.runtime.runner import open_run, run_tasks, writing
 from pipeline.runtime.tasks import check_apply_travels, check_order, make_block, name_tasks, prepare_work
-from pipeline.shards import SHARD_NBYTES, cut_results
 from pipeline.storage.checksums import digest_array
 from pipeline.storage.filesystem import say_refusals
 
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.matrix.fingerprint import Stamp
-    from pipeline.outputs import Output, Stage, Writer
+    from pipeline.outputs.output import Output, Stage, Writer
+    from pipeline.outputs.shards import Cut
     from pipeline.plan.plan import Cost, Order, Plan, Task
     from pipeline.runtime.report import Watch
     from pipeline.runtime.resources import Footprint
     from pipeline.runtime.tasks import Apply, BlockShape, Receipt, Work
-    from pipeline.shards import Cut
     from pipeline.storage.checksums import FileRecord
     from pipeline.storage.locations import Location
 

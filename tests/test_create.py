@@ -11,7 +11,7 @@ import zarr
 
 import pipeline
 from pipeline.create import plan_creation
-from pipeline.shards import cut_results, cut_rows
+from pipeline.outputs.shards import cut_results, cut_rows
 from tests.layouts import distinct
 
 A = distinct(300, (6,))

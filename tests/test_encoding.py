@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DiskSpaceError, OpenError
+from pipeline.outputs.shards import Compression, Cut, create_array, write_entries
 from pipeline.plan.cost import slab_nbytes, writing_nbytes
-from pipeline.shards import Compression, Cut, create_array, write_entries
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import holding, staging
 from pipeline.cli import main
-from pipeline.journal import Request
+from pipeline.outputs import folder as staging
+from pipeline.outputs import lock as holding
+from pipeline.outputs.journal import Request
 from pipeline.runtime.report import Watch
 from pipeline.storage import filesystem
 from tests.test_resume import (  # noqa: F401 (fixtures)

@@ -26,9 +26,9 @@ import zarr
 from distributed import Client, LocalCluster
 
 import pipeline
-from pipeline import publication
 from pipeline.create import plan_creation
-from pipeline.ledger import Ledger
+from pipeline.outputs import bucket as publication
+from pipeline.outputs.ledger import Ledger
 from pipeline.runtime.report import Watch
 from pipeline.storage.buckets import Bucket, Held, TakenError, open_bucket
 from pipeline.storage.locations import Url, locate
@@ -969,7 +969,7 @@ def test_names_that_are_refused(local: Path, base: str, monkeypatch: pytest.Monk
 
 def test_windows_chunked_along_their_rows(local: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as are larger than 64 MiB: each window in several objects, through zarr's own codecs."""
-    monkeypatch.setattr("pipeline.shards.SHARD_NBYTES", 64)
+    monkeypatch.setattr("pipeline.outputs.shards.SHARD_NBYTES", 64)
     np.testing.assert_array_equal(store(local, base, Watch()), EXPECTED)
     assert "out.zarr/windows/c/8/1/0" in objects(base)
     assert_finished(base, EXPECTED)

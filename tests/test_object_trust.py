@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline.ledger import Claim, Ledger
 from pipeline.matrix.notice import read_notice, say_notice
+from pipeline.outputs.ledger import Claim, Ledger
 from pipeline.storage import buckets, stores
 from pipeline.storage.buckets import open_bucket
 from pipeline.storage.checksums import FileRecord

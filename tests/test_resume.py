@@ -20,14 +20,15 @@ import pytest
 import zarr
 
 import pipeline
-from pipeline import holding, staging
 from pipeline.collect import prepare_gathering
 from pipeline.create import plan_creation
 from pipeline.integrity.record import read_record, seal_folder
-from pipeline.journal import Journal, Request
-from pipeline.npy import read_mark
+from pipeline.outputs import folder as staging
+from pipeline.outputs import lock as holding
+from pipeline.outputs.journal import Journal, Request
+from pipeline.outputs.npy import read_mark
+from pipeline.outputs.shards import Cut, create_array, write_entries
 from pipeline.runtime.report import Watch
-from pipeline.shards import Cut, create_array, write_entries
 from pipeline.storage.checksums import FileRecord
 from pipeline.writeback import prepare_storing
 

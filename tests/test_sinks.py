@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec
 
 import pipeline
-from pipeline import staging
-from pipeline.journal import Request
+from pipeline.outputs import folder as staging
+from pipeline.outputs.journal import Request
 from pipeline.readers import choose as readers
 from pipeline.readers import decoded as decoding
 from pipeline.readers import runs as pieces
@@ -382,7 +382,7 @@ def test_store_cuts_shards_that_one_task_owns(matrices, tmp_path, cut_small):
 
 def test_a_window_larger_than_a_shard_is_chunked_along_its_rows(matrices, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.plan.plan.BLOCK_NBYTES", 1000)
-    monkeypatch.setattr("pipeline.shards.SHARD_NBYTES", 1000)
+    monkeypatch.setattr("pipeline.outputs.shards.SHARD_NBYTES", 1000)
     plan = pipeline.plan_windows(pipeline.open_matrix(matrices / "shards.zarr"), [0, 9, 4], length=40)
     windows = pipeline.store(plan, tmp_path / "w.zarr")["windows"]
     assert windows.chunks == (1, 8, 5, 3)

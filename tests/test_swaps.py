@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import staging
 from pipeline.errors import OutputExistsError, PipelineError
-from pipeline.journal import Request
-from pipeline.staging import stage_output
+from pipeline.outputs import folder as staging
+from pipeline.outputs.folder import stage_output
+from pipeline.outputs.journal import Request
 from pipeline.storage import filesystem
 from tests.test_filesystems import refuse
 

@@ -10,11 +10,11 @@ import pytest
 
 import pipeline
 from pipeline.errors import OpenError, OutputExistsError
-from pipeline.holding import find_holder, hold
 from pipeline.integrity.manifest import Checksums, Manifest
 from pipeline.integrity.record import parse_record, read_record
-from pipeline.journal import Journal, Request
-from pipeline.staging import stage_output
+from pipeline.outputs.folder import stage_output
+from pipeline.outputs.journal import Journal, Request
+from pipeline.outputs.lock import find_holder, hold
 from pipeline.storage.trust import read_document
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")

@@ -50,17 +50,17 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.formatting import count_of, format_size
 from pipeline.integrity.record import METADATA, parse_record, seal_document
-from pipeline.ledger import Claim, Ledger
 from pipeline.matrix.arrays import open_root
 from pipeline.matrix.conventions import ATTRIBUTE
 from pipeline.matrix.notice import read_notice, say_notice
+from pipeline.outputs.folder import say_kept
+from pipeline.outputs.ledger import Claim, Ledger
+from pipeline.outputs.shards import create_array
+from pipeline.outputs.uploads import MOST_NBYTES, ObjectWriter, Upload, uploading_nbytes
 from pipeline.runtime.resources import active_client, shares_memory
-from pipeline.shards import create_array
-from pipeline.staging import say_kept
 from pipeline.storage.buckets import TakenError, open_bucket, put_once
 from pipeline.storage.locations import MEMORY, check_apart
 from pipeline.storage.zarrconfig import pinned_config
-from pipeline.uploads import MOST_NBYTES, ObjectWriter, Upload, uploading_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     import zarr
 
     from pipeline.integrity.record import Record
-    from pipeline.journal import Request
+    from pipeline.outputs.journal import Request
     from pipeline.storage.buckets import Bucket, Held
     from pipeline.storage.checksums import FileRecord
     from pipeline.storage.locations import Url

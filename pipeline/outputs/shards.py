@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.encoding import write_plain
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, PipelineError
 from pipeline.integrity.record import record_file
 from pipeline.matrix.layout import Files, read_layout
+from pipeline.outputs.encoding import write_plain
 from pipeline.plan.plan import BLOCK_NBYTES
 from pipeline.storage.filesystem import sync_path
 from pipeline.storage.zarrconfig import pinned_config

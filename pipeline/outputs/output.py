@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.integrity.record import seal_folder
 from pipeline.matrix.sights import output_sights
+from pipeline.outputs.bucket import BucketOutput
+from pipeline.outputs.folder import check_destination, is_finished, is_result, stage_output
+from pipeline.outputs.shards import create_array, write_entries
 from pipeline.plan.cost import writing_nbytes
-from pipeline.publication import BucketOutput
-from pipeline.shards import create_array, write_entries
-from pipeline.staging import check_destination, is_finished, is_result, stage_output
 from pipeline.storage.locations import check_apart, locate
 from pipeline.storage.zarrconfig import pinned_config
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.journal import Request
     from pipeline.matrix.sights import Sight
-    from pipeline.staging import Stage as Staged
+    from pipeline.outputs.folder import Stage as Staged
+    from pipeline.outputs.journal import Request
     from pipeline.storage.checksums import FileRecord
     from pipeline.storage.locations import Location, Url
 

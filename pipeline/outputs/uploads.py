@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.encoding import encode_plain, encoded_nbytes
 from pipeline.errors import IntegrityError, PipelineError
 from pipeline.matrix.layout import read_layout
+from pipeline.outputs.encoding import encode_plain, encoded_nbytes
 from pipeline.plan.cost import writing_nbytes
 from pipeline.storage.buckets import TakenError, digest_content
 from pipeline.storage.checksums import FileRecord, extend_crc32
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.ledger import Ledger
     from pipeline.matrix.layout import Layout
+    from pipeline.outputs.ledger import Ledger
     from pipeline.storage.buckets import Content
 
 MOST_NBYTES = 5 * 2**30

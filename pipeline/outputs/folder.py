@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import DiskSpaceError, InputError, IntegrityError, OpenError, OutputExistsError, PipelineError
 from pipeline.formatting import count_of, format_size
-from pipeline.holding import NAMES, hold, refuse_held
 from pipeline.integrity.record import METADATA, list_files, read_record, record_file
-from pipeline.journal import Journal
-from pipeline.npy import is_whole_npy, read_mark
+from pipeline.outputs.journal import Journal
+from pipeline.outputs.lock import NAMES, hold, refuse_held
+from pipeline.outputs.npy import is_whole_npy, read_mark
 from pipeline.storage.filesystem import (
     count_free,
     is_ghost,
@@ -49,8 +49,8 @@ from pipeline.storage.trust import check_own
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pipeline.holding import Hold
-    from pipeline.journal import Request
+    from pipeline.outputs.journal import Request
+    from pipeline.outputs.lock import Hold
     from pipeline.storage.checksums import FileRecord
 
 _AT_FDCWD, _EXCHANGE = -100, 2

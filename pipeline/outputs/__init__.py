@@ -1,0 +1,1 @@
+"""An output is whole or not there: staged, journaled and published."""
