@@ -18,11 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.batches import Batches, iter_batches
     from pipeline.cluster.connect import connect
-    from pipeline.collect import gather
-    from pipeline.create import create_matrix
-    from pipeline.dataset import WindowDataset
     from pipeline.errors import (
         BudgetError,
         DiskSpaceError,
@@ -44,16 +40,20 @@ if TYPE_CHECKING:
     from pipeline.plan.starts import draw_starts, grid_starts
     from pipeline.runtime.report import Report
     from pipeline.runtime.tasks import build_tasks
-    from pipeline.sampler import ChunkBatchSampler
-    from pipeline.writeback import store
+    from pipeline.sinks.batches import Batches, iter_batches
+    from pipeline.sinks.create import create_matrix
+    from pipeline.sinks.dataset import WindowDataset
+    from pipeline.sinks.gather import gather
+    from pipeline.sinks.sampler import ChunkBatchSampler
+    from pipeline.sinks.store import store
 
 # Its hooks come before the first fork.
 importlib.import_module("pipeline.process")
 
 _HOMES = {
-    "Batches": "batches",
+    "Batches": "sinks.batches",
     "BudgetError": "errors",
-    "ChunkBatchSampler": "sampler",
+    "ChunkBatchSampler": "sinks.sampler",
     "DiskSpaceError": "errors",
     "GroupPlan": "plan.group",
     "IncompleteError": "errors",
@@ -67,18 +67,18 @@ _HOMES = {
     "PipelineError": "errors",
     "Plan": "plan.plan",
     "Report": "runtime.report",
-    "WindowDataset": "dataset",
+    "WindowDataset": "sinks.dataset",
     "build_tasks": "runtime.tasks",
     "connect": "cluster.connect",
-    "create_matrix": "create",
+    "create_matrix": "sinks.create",
     "draw_starts": "plan.starts",
-    "gather": "collect",
+    "gather": "sinks.gather",
     "grid_starts": "plan.starts",
-    "iter_batches": "batches",
+    "iter_batches": "sinks.batches",
     "open_matrix": "matrix.opening",
     "plan_windows": "plan.group",
     "split_rows": "plan.split",
-    "store": "writeback",
+    "store": "sinks.store",
     "verify": "integrity.verify",
     "write_manifest": "integrity.recording",
 }

@@ -59,11 +59,11 @@ from pipeline.wording import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pipeline.collect import Gathering, GroupGathering
     from pipeline.matrix.matrix import Matrix
     from pipeline.matrix.opening import MatrixGroup
     from pipeline.runtime.report import Watch
-    from pipeline.writeback import Storing
+    from pipeline.sinks.gather import Gathering, GroupGathering
+    from pipeline.sinks.store import Storing
 
 _EPILOG = """\b
 First steps:
@@ -267,9 +267,9 @@ def create(
     if not sources:
         raise InputError(f"create takes SOURCE... and DEST; got {dest} alone; name the destination, too")
     with _loading():
-        from pipeline.create import plan_creation
         from pipeline.memory import PeakMemory
         from pipeline.request import parse_shape
+        from pipeline.sinks.create import plan_creation
 
         creation = plan_creation(
             sources[0] if len(sources) == 1 else list(sources),

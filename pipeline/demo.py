@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.collect import gather
-from pipeline.create import create_matrix
 from pipeline.errors import IntegrityError
 from pipeline.formatting import MIB, format_size
 from pipeline.outputs.folder import check_destination, stage_output
@@ -16,8 +14,10 @@ from pipeline.outputs.journal import Request
 from pipeline.outputs.npy import map_npy
 from pipeline.plan.group import plan_windows
 from pipeline.plan.starts import draw_starts
+from pipeline.sinks.create import create_matrix
+from pipeline.sinks.gather import gather
+from pipeline.sinks.store import store
 from pipeline.storage.filesystem import flush
-from pipeline.writeback import store
 
 if TYPE_CHECKING:
     from collections.abc import Callable

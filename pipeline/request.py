@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.collect import Gathering, GroupGathering
     from pipeline.matrix.matrix import Matrix
     from pipeline.plan.plan import Plan
-    from pipeline.writeback import Storing
+    from pipeline.sinks.gather import Gathering, GroupGathering
+    from pipeline.sinks.store import Storing
 
 
 _SELECTING = ("count", "seed", "stride", "split", "part", "split_by", "split_seed")
@@ -55,9 +55,9 @@ def prepare_request(
 ) -> tuple[Matrix | MatrixGroup, Gathering | GroupGathering | Storing]:
     """Do all of a run that comes before its cluster: open, draw, plan, check."""
     # Dask comes with the sinks: looking at a matrix needs none.
-    from pipeline.collect import prepare_gathering
     from pipeline.runtime.tasks import check_order
-    from pipeline.writeback import prepare_storing
+    from pipeline.sinks.gather import prepare_gathering
+    from pipeline.sinks.store import prepare_storing
 
     suffix = locate(out).suffix if out is not None else None
     if suffix not in (None, ".zarr", ".npy"):

@@ -13,13 +13,13 @@ from pipeline.storage.locations import Url
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pipeline.collect import Gathering, GroupGathering
-    from pipeline.create import Creation
     from pipeline.matrix.matrix import Matrix
     from pipeline.matrix.opening import MatrixGroup
     from pipeline.runtime.report import Watch
+    from pipeline.sinks.create import Creation
+    from pipeline.sinks.gather import Gathering, GroupGathering
+    from pipeline.sinks.store import Storing
     from pipeline.storage.locations import Location
-    from pipeline.writeback import Storing
 
 type Report = tuple[dict[str, str], dict[str, Any]]
 """Facts and numbers."""

@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import readahead as module
-from pipeline.epochs import Epochs
 from pipeline.errors import BudgetError, IncompleteError, InputError, IntegrityError
 from pipeline.memory import held_nbytes
 from pipeline.runtime import placement as placing
 from pipeline.runtime import preflight as workers
+from pipeline.sinks import prefetch as module
+from pipeline.sinks.epochs import Epochs
 from tests.layouts import LAYOUTS, distinct, open_layout, stack
 
 LENGTH = 7

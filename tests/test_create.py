@@ -10,8 +10,8 @@ import pytest
 import zarr
 
 import pipeline
-from pipeline.create import plan_creation
 from pipeline.outputs.shards import cut_results, cut_rows
+from pipeline.sinks.create import plan_creation
 from tests.layouts import distinct
 
 A = distinct(300, (6,))

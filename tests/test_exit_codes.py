@@ -32,7 +32,7 @@ LINES = {
 """What each verb does when all is well."""
 
 FLOWS = {
-    "create": "pipeline.create.plan_creation",
+    "create": "pipeline.sinks.create.plan_creation",
     "info": "pipeline.request.open_matrix",
     "plan": "pipeline.request.open_matrix",
     "run": "pipeline.request.open_matrix",

@@ -22,15 +22,15 @@ from distributed.chaos import KillWorker
 
 import pipeline
 from pipeline.cluster.connect import connect
-from pipeline.collect import prepare_gathering
 from pipeline.runtime import distributed as flights
 from pipeline.runtime import progress
 from pipeline.runtime import retries as failures
 from pipeline.runtime import runner as runs
 from pipeline.runtime.report import Watch
 from pipeline.runtime.tasks import Receipt, name_tasks
+from pipeline.sinks.gather import prepare_gathering
+from pipeline.sinks.store import prepare_storing
 from pipeline.storage import preads
-from pipeline.writeback import prepare_storing
 
 ROWS, COLUMNS, LENGTH = 2_000, 20, 16
 LIMIT = 500_000_000

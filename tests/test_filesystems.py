@@ -478,7 +478,7 @@ def test_what_nfs_keeps_of_a_failed_run_blocks_nobody(
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.collect.fill_array", fail)
+        patch.setattr("pipeline.sinks.gather.fill_array", fail)
         with pytest.raises(StopError) as held:
             gather(folder, Watch())
     assert nfs  # Its map is in the frames of the error.
@@ -494,7 +494,7 @@ def test_an_array_that_cannot_be_mapped_or_held(folder: Path, monkeypatch: pytes
     loaded = pipeline.gather(plan, out=folder / "out.npy")
     assert isinstance(loaded, np.ndarray)
     np.testing.assert_array_equal(loaded, EXPECTED)
-    monkeypatch.setattr("pipeline.collect.held_nbytes", lambda: 2**64)
+    monkeypatch.setattr("pipeline.sinks.gather.held_nbytes", lambda: 2**64)
     read = pipeline.gather(plan, out=folder / "out.npy", resume=True)
     assert not isinstance(read, np.ndarray)
     np.testing.assert_array_equal(read[:], EXPECTED)

@@ -20,10 +20,10 @@ import zarr
 from zarr.storage import MemoryStore
 
 import pipeline
-from pipeline.collect import prepare_gathering
 from pipeline.matrix.opening import choose_members
 from pipeline.runtime.report import Watch
-from pipeline.writeback import prepare_storing
+from pipeline.sinks.gather import prepare_gathering
+from pipeline.sinks.store import prepare_storing
 
 ROWS, LENGTH = 600, 9
 STARTS = np.random.default_rng(5).permutation(ROWS - LENGTH)[:48]
@@ -408,7 +408,7 @@ def test_all_together_must_fit(samples, monkeypatch):
     limit = max(need.values()) + (both - max(need.values())) // 2
     for name in names:
         prepare_footprint(pipeline.plan_windows(group.members[name], many, length=LENGTH, memory=limit))
-    monkeypatch.setattr("pipeline.collect.new_array", lambda *_, **__: pytest.fail("allocated"))
+    monkeypatch.setattr("pipeline.sinks.gather.new_array", lambda *_, **__: pytest.fail("allocated"))
     with pytest.raises(pipeline.BudgetError, match="2 arrays of 2,000,000 windows, .* --out X.zarr"):
         pipeline.gather(pipeline.plan_windows(group, many, length=LENGTH, memory=limit))
 

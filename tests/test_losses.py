@@ -24,13 +24,13 @@ import pipeline
 from pipeline.cluster import worker_exits as nannies
 from pipeline.cluster.connect import connect
 from pipeline.cluster.dashboard import dashboard_link
-from pipeline.collect import prepare_gathering
-from pipeline.create import plan_creation
 from pipeline.integrity.verify import prepare_verification
 from pipeline.runtime import lost_workers as losses
 from pipeline.runtime.lost_workers import Loss
 from pipeline.runtime.report import Watch
-from pipeline.writeback import prepare_storing
+from pipeline.sinks.create import plan_creation
+from pipeline.sinks.gather import prepare_gathering
+from pipeline.sinks.store import prepare_storing
 
 LIMIT = 400_000_000
 LENGTH = 16

@@ -26,14 +26,14 @@ import zarr
 from distributed import Client, LocalCluster
 
 import pipeline
-from pipeline.create import plan_creation
 from pipeline.outputs import bucket as publication
 from pipeline.outputs.ledger import Ledger
 from pipeline.runtime.report import Watch
+from pipeline.sinks.create import plan_creation
+from pipeline.sinks.store import prepare_storing
 from pipeline.storage.buckets import Bucket, Held, TakenError, open_bucket
 from pipeline.storage.locations import Url, locate
 from pipeline.storage.stores import open_store
-from pipeline.writeback import prepare_storing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

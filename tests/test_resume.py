@@ -20,8 +20,6 @@ import pytest
 import zarr
 
 import pipeline
-from pipeline.collect import prepare_gathering
-from pipeline.create import plan_creation
 from pipeline.integrity.record import read_record, seal_folder
 from pipeline.outputs import folder as staging
 from pipeline.outputs import lock as holding
@@ -29,8 +27,10 @@ from pipeline.outputs.journal import Journal, Request
 from pipeline.outputs.npy import read_mark
 from pipeline.outputs.shards import Cut, create_array, write_entries
 from pipeline.runtime.report import Watch
+from pipeline.sinks.create import plan_creation
+from pipeline.sinks.gather import prepare_gathering
+from pipeline.sinks.store import prepare_storing
 from pipeline.storage.checksums import FileRecord
-from pipeline.writeback import prepare_storing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ from zarr.storage import ObjectStore
 
 import pipeline
 from pipeline.runtime.report import Watch
-from pipeline.writeback import prepare_storing
+from pipeline.sinks.store import prepare_storing
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -465,7 +465,7 @@ class TestGather:
         """What the client holds of returned blocks is bounded by the tasks that memory allows at once."""
         Arrivals.held = Arrivals.most = 0
         monkeypatch.setattr("pipeline.runtime.distributed.SimpleQueue", Arrivals)
-        monkeypatch.setattr("pipeline.collect.fit_memory", lambda *_, **__: Footprint(at_once, at_once, 0))
+        monkeypatch.setattr("pipeline.sinks.gather.fit_memory", lambda *_, **__: Footprint(at_once, at_once, 0))
         processes.run(hide)
         try:
             with current(processes):

@@ -372,7 +372,7 @@ class TestRemote:
 
     def test_memory_of_another_machine_bounds_nothing_here(self, away, plan, monkeypatch):
         """The client holds blocks; what tasks hold beside them is the worker's affair."""
-        from pipeline.collect import prepare_gathering
+        from pipeline.sinks.gather import prepare_gathering
 
         out = np.empty((len(STARTS), LENGTH, 20))
         gathering = prepare_gathering(plan, apply=None, out=out, resume=False, overwrite=False)

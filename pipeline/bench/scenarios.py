@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.create import create_matrix
 from pipeline.errors import InputError, IntegrityError
 from pipeline.formatting import MIB, format_size
 from pipeline.outputs.folder import check_destination
 from pipeline.plan.starts import draw_starts
+from pipeline.sinks.create import create_matrix
 from pipeline.storage.filesystem import sync_path
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.batches import iter_batches
 from pipeline.bench.scenarios import BATCH_SIZE, BatchesOf
 from pipeline.matrix.opening import open_matrix
 from pipeline.plan.group import plan_windows
+from pipeline.sinks.batches import iter_batches
 
 if TYPE_CHECKING:
     import numpy as np

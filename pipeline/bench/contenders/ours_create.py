@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.bench.scenarios import DATASET, WindowsOf
 from pipeline.cluster.connect import connect
-from pipeline.create import create_matrix
+from pipeline.sinks.create import create_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

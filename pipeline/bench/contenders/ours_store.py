@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.bench.contenders.ours_cluster import session
 from pipeline.matrix.opening import open_matrix
 from pipeline.plan.group import plan_windows
-from pipeline.writeback import store
+from pipeline.sinks.store import store
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.collect import gather
 from pipeline.matrix.opening import open_matrix
 from pipeline.plan.group import plan_windows
+from pipeline.sinks.gather import gather
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 from pipeline.bench.scenarios import BATCH_SIZE, BatchesOf
-from pipeline.dataset import WindowDataset
 from pipeline.matrix.opening import open_matrix
 from pipeline.plan.group import plan_windows
+from pipeline.sinks.dataset import WindowDataset
 
 if TYPE_CHECKING:
     import numpy as np

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.epochs import Epochs
     from pipeline.matrix.fingerprint import Stamp
     from pipeline.plan.plan import Plan
     from pipeline.runtime.preflight import Survey
     from pipeline.runtime.report import Watch
     from pipeline.runtime.tasks import Receipt
+    from pipeline.sinks.epochs import Epochs
 
 _GROUP_NBYTES = 64 * MIB
 """Bytes of the batches that are read together, unless one alone holds more."""

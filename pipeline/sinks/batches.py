@@ -7,15 +7,15 @@ import threading
 from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
 from pipeline.arguments import check_flag, check_mapping, check_whole, is_whole, show
-from pipeline.epochs import Epochs
 from pipeline.errors import IncompleteError, InputError
 from pipeline.formatting import count_of
 from pipeline.matrix.fingerprint import stamp_matrix
 from pipeline.outputs.journal import Request
 from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.process import close_at_exit, is_ending
-from pipeline.readahead import Member, Position, Reading
 from pipeline.runtime.tasks import Apply, prepare_work
+from pipeline.sinks.epochs import Epochs
+from pipeline.sinks.prefetch import Member, Position, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.arguments import check_flag, check_whole
-from pipeline.epochs import Epochs
 from pipeline.matrix.rows import touched_units
 from pipeline.plan.group import GroupPlan, check_plan
+from pipeline.sinks.epochs import Epochs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
