@@ -8,6 +8,6 @@ if __name__ == "__main__":
         # Python puts the working directory there, whose files would replace installed modules.
         del sys.path[0]
 
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     main()

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 import pipeline
-from pipeline import cli as command
+from pipeline.cli import main as command
 from tests import services
 from tests.proxy import Proxy, proxied
 

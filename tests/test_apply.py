@@ -14,7 +14,7 @@ import pytest
 from distributed.protocol import pickle as dask_pickle
 
 import pipeline
-from pipeline import request
+from pipeline.cli import request
 from pipeline.runtime.tasks import prepare_work
 from tests.layouts import distinct, stack
 

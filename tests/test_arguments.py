@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import pipeline
 from pipeline.arguments import show
-from pipeline.cli import cli as commands
+from pipeline.cli.main import cli as commands
 from pipeline.errors import InputError, OpenError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
@@ -397,7 +397,7 @@ def test_every_verb_is_tried():
 def test_any_command_line(here, cli, home, verb, data):
     """No line is a bug of ours: an exit code that is documented, and one line that says why."""
     with pytest.MonkeyPatch.context() as patch:
-        for flow in ("pipeline.demo.run_demo", "pipeline.bench.run.run_bench"):
+        for flow in ("pipeline.cli.demo.run_demo", "pipeline.bench.run.run_bench"):
             patch.setattr(flow, lambda *_, **__: (_ for _ in ()).throw(OpenError("nothing is made here")))
         for name in ("A.npy", "A.bin", "A.zarr"):
             if not os.path.lexists(name):

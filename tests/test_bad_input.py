@@ -17,7 +17,7 @@ import pytest
 import zarr
 
 import pipeline
-from pipeline.cli import cli as commands
+from pipeline.cli.main import cli as commands
 
 FEATURES = """
 import sys, threading, numpy as np

@@ -21,8 +21,9 @@ import pytest
 import zarr
 
 import pipeline
-from pipeline import demo, errors
-from pipeline.cli import cli as commands
+from pipeline import errors
+from pipeline.cli import demo
+from pipeline.cli.main import cli as commands
 from pipeline.runtime import progress
 from pipeline.runtime.tasks import Receipt
 
@@ -454,14 +455,14 @@ def test_exit_codes(cli, matrix, monkeypatch, kind):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("pipeline.request.open_matrix", fail)
+    monkeypatch.setattr("pipeline.cli.request.open_matrix", fail)
     said = cli("info", matrix)
     assert (said.code, said.out) == (kind.exit_code, "")
     assert said.err == "error: rule;\\nwhat was got; the way out; task 3\n"
 
 
 def test_bug_of_ours(cli, matrix, monkeypatch):
-    monkeypatch.setattr("pipeline.request.open_matrix", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("pipeline.cli.request.open_matrix", lambda *_, **__: 1 / 0)
     said = cli("info", matrix)
     assert (said.code, said.out, said.err.count("\n")) == (1, "", 1)
     assert said.err.startswith("error: a bug of ours; ZeroDivisionError")
@@ -742,7 +743,7 @@ def test_garbage_is_collected_after_loading(samples, line):
         script = [
             "import gc, sys",
             *before,
-            "from pipeline.cli import main",
+            "from pipeline.cli.main import main",
             f"sys.argv = ['pipeline', *{line!r}]",
             "try: main()",
             "except SystemExit: pass",

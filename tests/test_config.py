@@ -14,7 +14,7 @@ import dask
 import pytest
 import yaml
 
-from pipeline import settings as module
+from pipeline.cli import config as module
 from pipeline.cluster.resolve import choose_cluster, plan_deployment
 from pipeline.cluster.spec import merged_settings, read_spec
 from pipeline.errors import InputError
@@ -361,7 +361,7 @@ def test_every_value_of_the_first_part_is_in_force(shown):
 
 
 def test_every_verb_that_computes_takes_the_same_options():
-    from pipeline.cli import cli as group
+    from pipeline.cli.main import cli as group
 
     names = {"cluster", "scheduler_address", "scheduler_file", "workers", "threads", "insecure"}
     for verb in ("create", "run", "verify", "bench", "demo", "config"):

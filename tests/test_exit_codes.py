@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline.cli import cli as commands
+from pipeline.cli.main import cli as commands
 from pipeline.cluster.signals import Terminated
 
 LINES = {
@@ -33,11 +33,11 @@ LINES = {
 
 FLOWS = {
     "create": "pipeline.sinks.create.plan_creation",
-    "info": "pipeline.request.open_matrix",
-    "plan": "pipeline.request.open_matrix",
-    "run": "pipeline.request.open_matrix",
+    "info": "pipeline.cli.request.open_matrix",
+    "plan": "pipeline.cli.request.open_matrix",
+    "run": "pipeline.cli.request.open_matrix",
     "verify": "pipeline.integrity.verify.prepare_verification",
-    "demo": "pipeline.demo.run_demo",
+    "demo": "pipeline.cli.demo.run_demo",
     "bench": "pipeline.bench.run.run_bench",
 }
 """What each verb calls, after the command line is read."""

@@ -655,7 +655,7 @@ import sys, threading
 import pipeline.plan.plan
 from pipeline.runtime import progress
 from pipeline.cluster import signals
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 pipeline.plan.plan._LEAST_BLOCK_NBYTES, pipeline.plan.plan._FEWEST_TASKS = 1, 7
 done = progress.ShownWatch.task_done

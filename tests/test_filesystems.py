@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.outputs import folder as staging
 from pipeline.outputs import lock as holding
 from pipeline.outputs.journal import Request

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import memory, request
+from pipeline import memory
 from pipeline.bench import scale
+from pipeline.cli import request
 from pipeline.cluster import security
 from pipeline.cluster.startup import safe_path
 from pipeline.storage import trust

@@ -419,7 +419,7 @@ def test_plugins_from_the_shell(tmp_path, kind):
     files = [
         tmp_path / f"{name}.h5" for name in (["virtual"] if kind == "virtual" else ["bitshuffle-lz4", "lz4", "blosc2"])
     ]
-    done = run("from pipeline.cli import main; main()", "create", *files, tmp_path / "A.zarr")
+    done = run("from pipeline.cli.main import main; main()", "create", *files, tmp_path / "A.zarr")
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(
         pipeline.open_matrix(tmp_path / "A.zarr").array[:], np.concatenate([ARRAY] * len(files))
@@ -435,7 +435,7 @@ def test_plugins_on_workers(tmp_path):
 
 def test_absent_plugin_from_the_shell(tmp_path):
     write_plugin(tmp_path / "A.h5", "bitshuffle-lz4")
-    script = "import sys; sys.modules['hdf5plugin'] = None; from pipeline.cli import main; main()"
+    script = "import sys; sys.modules['hdf5plugin'] = None; from pipeline.cli.main import main; main()"
     done = run(script, "create", tmp_path / "A.h5", tmp_path / "A.zarr")
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1

@@ -563,7 +563,7 @@ def test_exit_codes_of_sizes_and_outputs(cli, files, monkeypatch):
         append(files / "A.npy")
         return real(*arguments, **options)
 
-    monkeypatch.setattr("pipeline.request.plan_windows", changing)
+    monkeypatch.setattr("pipeline.cli.request.plan_windows", changing)
     said = cli("run", "A.npy", "--out", "w.npy")
     assert (said.code, "was changed" in said.err) == (4, True)
     assert not (files / "w.npy").exists()

@@ -150,9 +150,9 @@ def loaded_by(code: str) -> list[str]:
     "code",
     [
         "import pipeline; pipeline.InputError, dir(pipeline)",
-        "from pipeline.cli import main; sys.argv = ['pipeline', '--help']; main()",
-        "from pipeline.cli import main; sys.argv = ['pipeline', 'run', '--help']; main()",
-        "from pipeline.cli import main; sys.argv = ['pipeline', 'run', 'A.zarr', '--no-such-flag']; main()",
+        "from pipeline.cli.main import main; sys.argv = ['pipeline', '--help']; main()",
+        "from pipeline.cli.main import main; sys.argv = ['pipeline', 'run', '--help']; main()",
+        "from pipeline.cli.main import main; sys.argv = ['pipeline', 'run', 'A.zarr', '--no-such-flag']; main()",
     ],
 )
 def test_help_and_wrong_flags_load_nothing_heavy(code):
@@ -161,7 +161,7 @@ def test_help_and_wrong_flags_load_nothing_heavy(code):
 
 def test_looking_at_a_matrix_loads_no_dask(samples):
     assert "zarr" in loaded_by(f"import pipeline; pipeline.open_matrix({str(samples / 'A.zarr')!r})")
-    code = f"from pipeline.cli import main; sys.argv = ['pipeline', 'info', {str(samples / 'A.zarr')!r}]; main()"
+    code = f"from pipeline.cli.main import main; sys.argv = ['pipeline', 'info', {str(samples / 'A.zarr')!r}]; main()"
     assert not {"dask", "distributed"} & set(loaded_by(code))
 
 
@@ -169,7 +169,7 @@ def test_looking_at_a_matrix_loads_no_dask(samples):
 def test_a_run_loads_what_it_needs_and_no_more(samples, tmp_path, name, zarr):
     """Bokeh alone would take as long as a small run."""
     line = ["pipeline", "run", str(samples / name), "--count", "1", "--out", str(tmp_path / "w.npy")]
-    code = f"from pipeline.cli import main; sys.argv = {line!r}; main()"
+    code = f"from pipeline.cli.main import main; sys.argv = {line!r}; main()"
     assert loaded_by(code) == ["dask", "distributed", "numpy", "yaml", *zarr]
     assert (tmp_path / "w.npy").exists()
 

@@ -11,8 +11,8 @@ from urllib.request import urlopen
 import pytest
 
 import pipeline
+from pipeline.cli.performance import check_report, performance_report
 from pipeline.cluster.connect import dashboard_link
-from pipeline.performance import check_report, performance_report
 from tests.stranger import UID
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")

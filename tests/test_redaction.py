@@ -75,7 +75,7 @@ def around(cli, monkeypatch, tmp_path):
         monkeypatch.setenv(name, "ENVSECRET")
     (tmp_path / "wrong.py").write_text(LATE)
     # A busy machine may take longer to write the report of a run that failed.
-    monkeypatch.setattr("pipeline.performance._FAILED_SECONDS", 120)
+    monkeypatch.setattr("pipeline.cli.performance._FAILED_SECONDS", 120)
     return cli
 
 

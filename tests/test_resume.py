@@ -660,7 +660,7 @@ def test_the_command_line_says_what_was_kept(
     np.save(folder / "starts.npy", STARTS)
     command = ["run", str(folder / "A.zarr"), "--starts", str(folder / "starts.npy"), "--length", str(LENGTH)]
     command += ["--out", str(folder / "out.zarr"), "--json", "--resume", "-q"]
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     with pytest.raises(StopError):
         store(folder, StoppingWatch(after=3))

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cli.selection import select_starts
 from pipeline.errors import InputError
 from pipeline.matrix.opening import MatrixGroup, open_matrix
 from pipeline.plan.group import GroupPlan, plan_windows
-from pipeline.selection import select_starts
 from pipeline.storage.locations import check_apart, locate
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from pipeline.cli.help import complete_files
 from pipeline.errors import InputError
-from pipeline.pages import complete_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

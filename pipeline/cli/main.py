@@ -22,11 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline.cluster.signals import Guard, Terminated
-from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError, find_shortage
-from pipeline.formatting import count_of
-from pipeline.memory import check_address_space
-from pipeline.options import (
+from pipeline.cli.help import Verbs, answer_shell, complete_files
+from pipeline.cli.options import (
     common,
     connecting,
     in_place,
@@ -41,9 +38,7 @@ from pipeline.options import (
     resume_option,
     tellers,
 )
-from pipeline.pages import Verbs, answer_shell, complete_files
-from pipeline.redaction import plain_lines, scrub
-from pipeline.wording import (
+from pipeline.cli.summary import (
     Measures,
     add_measures,
     align_facts,
@@ -55,6 +50,11 @@ from pipeline.wording import (
     say_problems,
     say_scaling,
 )
+from pipeline.cluster.signals import Guard, Terminated
+from pipeline.errors import InputError, IntegrityError, OpenError, PipelineError, find_shortage
+from pipeline.formatting import count_of
+from pipeline.memory import check_address_space
+from pipeline.redaction import plain_lines, scrub
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -267,8 +267,8 @@ def create(
     if not sources:
         raise InputError(f"create takes SOURCE... and DEST; got {dest} alone; name the destination, too")
     with _loading():
+        from pipeline.cli.request import parse_shape
         from pipeline.memory import PeakMemory
-        from pipeline.request import parse_shape
         from pipeline.sinks.create import plan_creation
 
         creation = plan_creation(
@@ -325,7 +325,7 @@ def info(
     --row-shape) or HDF5 with a contiguous data set (A.h5::dataset, or --dataset), read in place.
     """
     with _loading():
-        from pipeline.request import open_named
+        from pipeline.cli.request import open_named
 
         opened = open_named(matrix, dtype, row_shape, dataset, members=members)
         length = opened.check_length(length)
@@ -494,7 +494,7 @@ def demo(
     NumPy. Takes about 3 GiB of disk in DIR, where the files stay; without DIR, in a temporary folder that is removed.
     """
     with _loading():
-        from pipeline.demo import run_demo
+        from pipeline.cli.demo import run_demo
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory
@@ -556,7 +556,7 @@ def config(*, where: dict[str, Any], memory: str | None, as_json: bool, quiet: b
     Keys, passwords and tokens are not shown. Starts no cluster.
     """
     with _loading():
-        from pipeline.settings import collect_settings, report_settings
+        from pipeline.cli.config import collect_settings, report_settings
 
     told = {name: teller for name, teller in tellers(click.get_current_context()) if name in {*where, "memory"}}
     settings = collect_settings(where, told, memory=memory, variables=known_variables())
@@ -565,7 +565,7 @@ def config(*, where: dict[str, Any], memory: str | None, as_json: bool, quiet: b
 
 def _prepare(**arguments: Any) -> tuple[Matrix | MatrixGroup, Gathering | GroupGathering | Storing]:
     """Do all of a run that comes before its cluster."""
-    from pipeline.request import prepare_request
+    from pipeline.cli.request import prepare_request
 
     if arguments["starts"] is not None:
         _refuse_given("count", "seed", "stride", "within", "split", "part", "split_by", "split_seed", beside="--starts")
@@ -606,8 +606,8 @@ def _connected(
     where: dict[str, Any], *, quiet: bool, verbose: bool, report: str | None = None, apart: Iterable[str | Path] = ()
 ) -> Iterator[str | None]:
     """Connect to the cluster, and yield the dashboard's address; save a report that lies apart from what is named."""
+    from pipeline.cli.performance import check_report, performance_report
     from pipeline.cluster.connect import connect, dashboard_link
-    from pipeline.performance import check_report, performance_report
 
     place = None if report is None else check_report(report, apart)
     with contextlib.ExitStack() as stack:
