@@ -10,6 +10,25 @@
 ...     windows = pipeline.gather(plan)
 >>> windows.shape
 (100, 16, 20)
+
+Where things are; imports point down this list only:
+
+========== =====================================================================
+cli        arguments in, one report out
+bench      this project beside the other ways
+sinks      `gather`, `store`, `create_matrix`, `iter_batches`, `WindowDataset`
+outputs    an output is whole or not there: staged, journaled, published
+integrity  what stored bytes should be and are: record, manifest, `verify`
+runtime    tasks on Dask: built, run, bounded, retried, placed, counted
+readers    windows into rows of a buffer: direct, ranged, decoded
+plan       window starts to a frozen `Plan` with its cost
+cluster    a `cluster.yaml` to a `distributed.Client`
+matrix     what windows are read from: sources, opening, layout, fingerprint
+storage    local files and object stores: locate, list, read, put, checksum
+========== =====================================================================
+
+Below the folders: `memory` (how much may be held), `process` (forks and exit), `formatting` (facts for people),
+`arguments` (checks of parameters), `redaction` (what text may leave the process) and `errors` (every failure).
 """
 
 from __future__ import annotations

@@ -15,128 +15,113 @@ import pytest
 import pipeline
 
 PACKAGE = Path(pipeline.__file__).parent
-SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"} | {"bench": PACKAGE / "bench"}
-"""A file, or the folder of a package, by its name."""
-
-LAYERS = [
-    "__main__",
-    "cli",
-    "bench",
-    "demo options request settings wording",
-    "batches",
-    "collect readahead writeback create recording verification",
-    "performance placing progress ranges targets",
-    "outputs",
-    "publication",
-    "report runs shards",
-    "flights",
-    "failures workers",
-    "losses",
-    "capacity dataset",
-    "tasks",
-    "readers sampler sights staging stamps uploads",
-    "ranged",
-    "pieces",
-    "decoding",
-    "groupplan",
-    "plan selection",
-    "plots",
-    "matrices",
-    "matrix starts cluster",
-    "choice columns",
-    "jobs local services ssh",
-    "clusterfile gate launch nannies startup",
-    "dashboard",
-    "implicit",
-    "deployments secrecy security",
-    "counting sources decoders encoding epochs",
-    "attributes inspection intervals",
-    "storage",
-    "arrays hdf5 layout ledger",
-    "bounding filters",
-    "buckets references netcdf",
-    "keys",
-    "chunks",
-    "fetching identity journal manifest notice npy stores",
-    "folderstore holding sharing",
-    "bounded conventions credentials files locations markup memory preads record rowfiles",
-    "arguments trust",
-    "filesystem",
-    "errors exits forking formats pages signals sizes zarrconfig",
-    "redaction",
-]
-"""From the top of the flow to its bottom: a module imports those of lower lines only."""
+GROUND = ["errors", "redaction", "arguments", "formatting", "process", "memory"]
+"""Modules at the top of the package, which every folder may import."""
+FOLDERS = {
+    "cli": "bench sinks outputs integrity runtime readers plan cluster matrix storage",
+    "bench": "sinks outputs integrity runtime readers plan cluster matrix storage",
+    "sinks": "outputs integrity runtime readers plan cluster matrix storage",
+    "outputs": "integrity runtime plan matrix storage",
+    "integrity": "runtime matrix storage",
+    "runtime": "readers plan matrix cluster storage",
+    "readers": "plan matrix storage",
+    "plan": "matrix storage",
+    "cluster": "storage",
+    "matrix": "storage",
+    "storage": "",
+}
+"""Each folder, and the folders that it may import."""
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
+}
+"""Files by their dotted names below the package."""
 
 OUTSIDE = {
+    "asyncssh": "cluster.ssh",
     "bokeh": "",
-    "botocore": "credentials",
-    "click": "cli options pages",
-    "cloudpickle": "identity request tasks",
-    "asyncssh": "ssh",
-    "cryptography": "security",
-    "dask": "bench capacity choice cluster clusterfile dashboard failures flights gate jobs local progress runs security services settings ssh tasks",
-    "distributed": "bench capacity cluster dashboard failures flights forking gate jobs launch local nannies security ssh startup tasks workers",
-    "fsspec": "locations",
-    "google_crc32c": "chunks decoders encoding inspection record verification",
-    "h5py": "bench filters hdf5 references",
-    "hdf5plugin": "filters",
-    "matplotlib": "bench groupplan plan plots report",
-    "msgspec": "clusterfile journal ledger manifest notice record settings trust",
-    "numcodecs": "bench bounded bounding filters",
-    "obstore": "buckets keys storage stores",
+    "botocore": "storage.credentials",
+    "click": "cli",
+    "cloudpickle": "cli.request runtime.identity runtime.tasks",
+    "cryptography": "cluster.security",
+    "dask": "bench cli cluster runtime",
+    "distributed": "bench cluster process runtime",
+    "fsspec": "storage.locations",
+    "google_crc32c": "integrity matrix.chunks outputs.encoding readers.codecs",
+    "h5py": "bench matrix.hdf5 matrix.hdf5_filters matrix.hdf5_references",
+    "hdf5plugin": "matrix.hdf5_filters",
+    "matplotlib": "bench plan runtime.report",
+    "msgspec": "cli.config cluster.spec integrity matrix.notice outputs storage.trust",
+    "numcodecs": "bench matrix.bounded_codecs matrix.decompress matrix.hdf5_filters",
+    "obstore": "matrix.keys storage",
     "tensorstore": "bench",
     "torch": "bench",
-    "tornado": "dashboard gate local",
-    "tqdm": "progress",
-    "yaml": "clusterfile",
-    "zarr": "arrays attributes bench bounding buckets counting create dataset decoders decoding fetching folderstore inspection keys layout matrices matrix outputs publication ranged readers recording settings shards sights sources stamps storage stores targets uploads verification writeback zarrconfig",
+    "tornado": "cluster",
+    "tqdm": "runtime.progress",
+    "yaml": "cluster.spec",
+    "zarr": "bench cli.config integrity matrix outputs readers runtime sinks storage",
 }
-"""Modules that may import what is heavy or has a home of its own; NumPy and the standard library are for all."""
+"""Folders and modules that may import what is heavy or has a home; NumPy and the standard library are for all."""
 
 HEAVY = ["bokeh", "dask", "distributed", "h5py", "matplotlib", "numpy", "pandas", "tqdm", "yaml", "zarr"]
 
 
 def imports(path: Path) -> set[str]:
     """Every module that a file imports anywhere, as a dotted name; `from package import name` gives `package.name`."""
-    found = set()
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative imports hide the layer"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def inner_imports(name: str) -> set[str]:
-    """Names of the modules of the package that one of them imports."""
-    dotted = [module.split(".") for module in imports(SOURCES[name])]
-    assert ["pipeline"] not in dotted, f"{name}: the list of public names is for users"
-    return {parts[1] for parts in dotted if parts[0] == "pipeline"} - {name}
+    """Modules of the package that one of them imports, by their dotted names."""
+    found = set()
+    for module in imports(MODULES[name]):
+        package, *parts = module.split(".")
+        if package == "pipeline":
+            assert parts, f"{name}: the list of public names is for users"
+            prefixes = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+            found |= prefixes & set(MODULES)
+    return found - {name}
 
 
-def test_every_module_has_its_layer():
-    assert sorted(" ".join(LAYERS).split()) == sorted(SOURCES)
+def test_every_folder_has_its_place():
+    assert {name.partition(".")[0] for name in MODULES if "." in name} == set(FOLDERS)
+    assert {name for name in MODULES if "." not in name} == set(GROUND)
+    assert not {*FOLDERS, *GROUND} & set(pipeline.__all__)
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_imports_point_downwards(name):
-    mine = next(number for number, layer in enumerate(LAYERS) if name in layer.split())
-    below = set(" ".join(LAYERS[mine + 1 :]).split())
-    assert inner_imports(name) <= below
+def test_imports_point_downwards():
+    below = {folder: {folder, *lower.split(), *GROUND} for folder, lower in FOLDERS.items()}
+    upwards = [
+        (name, module)
+        for name in MODULES
+        for module in inner_imports(name)
+        if module.partition(".")[0] not in below.get(name.partition(".")[0], GROUND)
+    ]
+    assert upwards == []
 
 
 def test_no_cycle():
-    order = graphlib.TopologicalSorter({name: inner_imports(name) for name in SOURCES}).static_order()
-    assert set(order) == set(SOURCES)
+    order = graphlib.TopologicalSorter({name: inner_imports(name) for name in MODULES}).static_order()
+    assert set(order) == set(MODULES)
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_other_packages_stay_in_their_modules(name):
-    used = {module.split(".")[0] for module in imports(SOURCES[name])}
+def test_other_packages_stay_in_their_modules():
     own = {"pipeline", "numpy", *sys.stdlib_module_names}
-    assert {package for package in used - own if name not in OUTSIDE[package].split()} == set()
+    strangers = [
+        (name, package)
+        for name, path in MODULES.items()
+        for package in {module.split(".")[0] for module in imports(path)} - own
+        if not {name, name.partition(".")[0]} & set(OUTSIDE.get(package, "").split())
+    ]
+    assert strangers == []
 
 
 def loaded_by(code: str) -> list[str]:
