@@ -285,10 +285,10 @@ def _make_state(folder: Path) -> None:
 def _neutral(path: Path, content: bytes) -> bytes:
     """Replace what a document says of this machine and this moment."""
     if path.name == "holder" or path.name.startswith("claim-"):
-        document = json.loads(content) | HOLDER | {"place": "", "born": ""}
-        return json.dumps(document).encode()
+        return json.dumps(_without_names(json.loads(content))).encode()
     if path.name == "request.json":
-        return json.dumps(json.loads(content) | {"holder": HOLDER}, indent=1).encode()
+        document = json.loads(content)
+        return json.dumps(document | {"holder": _without_names(document["holder"])}, indent=1).encode()
     if path.name == "journal":
         first, rest = content.split(b"\n", 1)
         header = json.loads(first)
@@ -297,6 +297,12 @@ def _neutral(path: Path, content: bytes) -> bytes:
             header["request"]["source"] = "0" * 64
         return json.dumps(header).encode() + b"\n" + rest
     return content
+
+
+def _without_names(holder: dict[str, Any]) -> dict[str, Any]:
+    """Replace what names a process, but for its keys and kinds, which tests compare."""
+    plain = HOLDER | {"place": "", "born": ""}
+    return {key: plain[key] if type(plain.get(key)) is type(value) else value for key, value in holder.items()}
 
 
 def _open(host: str) -> ManagedMemoryStore:
