@@ -200,14 +200,16 @@ def test_5_where_the_disk_fills_under_way(cli, here, monkeypatch, verb):
     assert not (here / "w.zarr").exists()
 
 
-@pytest.mark.parametrize(("verb", "module"), [("run", "writeback"), ("run", "placing"), ("create", "create")])
+@pytest.mark.parametrize(
+    ("verb", "module"), [("run", "sinks.store"), ("run", "runtime.placement"), ("create", "sinks.create")]
+)
 def test_6(cli, here, monkeypatch, verb, module):
     def lost(*_, **__):
         raise pipeline.IncompleteError("every task is done; one is not; look at the workers' logs")
         yield
 
     monkeypatch.setattr(f"pipeline.{module}.run_tasks", lost)
-    line = LINES[verb].replace("w.npy", "w.zarr" if module == "writeback" else "w.npy")
+    line = LINES[verb].replace("w.npy", "w.zarr" if module == "sinks.store" else "w.npy")
     check(cli(*shlex.split(line), "--json"), 6, "every task is done")
     assert not (here / "X.zarr").exists()
     assert not list(here.glob("w.*[yr]"))

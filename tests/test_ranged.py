@@ -171,7 +171,7 @@ class TestRequests:
     @pytest.mark.parametrize(("dense", "rows"), [(True, 42), (False, 7 + 2 + 2)])
     def test_the_plan_tells_the_bytes(self, dense, rows, layouts, monkeypatch):
         matrix, _ = watched(layouts / "zarr-plain.zarr")  # 10 rows a chunk
-        for module in ("plan", "pieces"):
+        for module in ("plan.plan", "readers.runs"):
             monkeypatch.setattr(f"pipeline.{module}.is_dense", lambda joined: np.full(joined.shape[:-1], dense))
         plan = pipeline.plan_windows(matrix, [40, 0, 5, 12], length=2)
         assert plan.chunk.nbytes_read == read(matrix, plan.starts, 2).nbytes == rows * ROW
@@ -191,7 +191,7 @@ class TestRequests:
             patch.setattr("pipeline.readers.ranged.JOINED_NBYTES", gap)
             patch.setattr("pipeline.readers.ranged.REQUEST_NBYTES", most)
             if data.draw(st.booleans()):
-                for module in ("plan", "pieces"):
+                for module in ("plan.plan", "readers.runs"):
                     patch.setattr(f"pipeline.{module}.is_dense", lambda joined: np.zeros(joined.shape[:-1], bool))
             plan = pipeline.plan_windows(matrix, starts, length=length)
             assert read(matrix, starts, length).nbytes == plan.chunk.nbytes_read

@@ -49,7 +49,7 @@ def matrix(request, numbers, tmp_path):
 @pytest.mark.parametrize(("count", "length"), [(5, 16), (30, 3), (300, 3), (2, 450)])
 def test_as_many_as_are_made(matrix, numbers, count, length, order, monkeypatch):
     # As if gaps between windows were too long to be read with them, but for the checksum behind an inner chunk.
-    for place in ("plan.JOINED_NBYTES", "ranged.JOINED_NBYTES", "plan.GAP_NBYTES"):
+    for place in ("plan.plan.JOINED_NBYTES", "readers.ranged.JOINED_NBYTES", "plan.plan.GAP_NBYTES"):
         monkeypatch.setattr(f"pipeline.{place}", 4)
     monkeypatch.setattr("pipeline.plan.plan.REQUEST_NBYTES", 60 * ROW)
     monkeypatch.setattr("pipeline.readers.ranged.REQUEST_NBYTES", 60 * ROW)

@@ -88,7 +88,7 @@ def test_the_layout_chooses_the_reader(matrices):
 def density(request, monkeypatch):
     """Rows so short make every request a dense one: the other way of reading has its turn, too."""
     if request.param == "windows":
-        for module in ("plan", "pieces"):
+        for module in ("plan.plan", "readers.runs"):
             monkeypatch.setattr(f"pipeline.{module}.is_dense", lambda joined: np.zeros(joined.shape[:-1], bool))
 
 
