@@ -182,7 +182,7 @@ def test_what_is_no_file_is_never_absent(name, damage, missing, tmp_path):
     matrix = pipeline.open_matrix(tmp_path / "A.zarr", missing_chunks=missing)
     plan = pipeline.plan_windows(matrix, [2, 100, 0, 4], length=4)
     last = matrix.layout.file_rows - 1
-    words = rf"{re.escape(path)} \(rows 0 to {last}\) {NO_FILES[damage]}.*; restore it: 3 of 4 windows touch it"
+    words = rf"{re.escape(path)} \(rows 0 to {last}\) {NO_FILES[damage]}.*, and 3 of 4 windows touch it; restore it"
     with pytest.raises(pipeline.IntegrityError, match=words):
         pipeline.gather(plan)
 
@@ -287,8 +287,8 @@ class TestWhatIsSaidBeforeWork:
             pipeline.gather(plan)
         # Rows 10 to 19 are absent: windows at 9 and 18 have some of them.
         assert str(caught.value) == (
-            f"every chunk is there, whole; {tmp_path}/A.zarr/c/1/0/0 (rows 10 to 19) is absent; restore it, or read the "
-            f"fill value with --missing-chunks fill: 2 of 6 windows touch it"
+            f"{tmp_path}/A.zarr/c/1/0/0 (rows 10 to 19) is absent, and 2 of 6 windows touch it; restore it, or read the "
+            f"fill value with --missing-chunks fill"
         )
 
     def test_one_window(self, tmp_path):
@@ -296,7 +296,7 @@ class TestWhatIsSaidBeforeWork:
         cut(tmp_path / "A.zarr/c/2/0/0")
         plan = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "A.zarr"), [25], length=2)
         with pytest.raises(
-            pipeline.IntegrityError, match="has 1199 bytes instead of 1200; restore it: 1 of 1 window touches it"
+            pipeline.IntegrityError, match="has 1199 bytes instead of 1200, and 1 of 1 window touches it; restore it"
         ):
             pipeline.gather(plan)
 
@@ -305,7 +305,8 @@ class TestWhatIsSaidBeforeWork:
         store = ObjectStore(obstore.store.LocalStore(tmp_path / "A.zarr"), read_only=True)
         plan = pipeline.plan_windows(pipeline.open_matrix(zarr.open_array(store, mode="r")), [9, 60, 60], length=2)
         with pytest.raises(
-            pipeline.IntegrityError, match=r"c/1/0/0 \(rows 10 to 19\) is absent; restore.*: 1 of 3 windows"
+            pipeline.IntegrityError,
+            match=r"c/1/0/0 \(rows 10 to 19\) is absent, and 1 of 3 windows touches it; restore",
         ):
             pipeline.gather(plan)
 
@@ -314,7 +315,7 @@ class TestWhatIsSaidBeforeWork:
         store = ObjectStore(obstore.store.LocalStore(tmp_path / "A.zarr"), read_only=True)
         matrix = pipeline.open_matrix(zarr.open_array(store, mode="r"), missing_chunks="fill")
         monkeypatch.setattr("obstore.head_async", lambda *_: pytest.fail("asked"))
-        stamps.stamp_matrix(matrix, np.sort(STARTS), LENGTH)
+        stamps.fingerprint_matrix(matrix, np.sort(STARTS), LENGTH)
 
 
 class TestCommand:

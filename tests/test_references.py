@@ -16,7 +16,7 @@ from h5py import h5d, h5p, h5s
 import pipeline
 from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
 from pipeline.matrix import hdf5_references as references
-from pipeline.matrix.fingerprint import stamp_source
+from pipeline.matrix.fingerprint import fingerprint_source
 from pipeline.matrix.hdf5 import Hdf5Source
 from pipeline.matrix.sources import FileSource, open_source
 
@@ -277,11 +277,11 @@ def test_every_file_that_is_too_short_is_named(kind):
 
 def test_every_file_is_part_of_the_fingerprint(kind):
     text, needed = kind
-    stamp = stamp_source(open_source(text))
-    assert stamp_source(open_source(text)).digest == stamp.digest
+    stamp = fingerprint_source(open_source(text))
+    assert fingerprint_source(open_source(text)).digest == stamp.digest
     for path in needed:
         os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000_000))
-        assert stamp_source(open_source(text)).digest != stamp.digest
+        assert fingerprint_source(open_source(text)).digest != stamp.digest
         with pytest.raises(IntegrityError, match=path.name):
             stamp.check()
         os.utime(path, ns=(0, path.stat().st_mtime_ns - 1_000_000_000))

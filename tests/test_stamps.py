@@ -17,7 +17,7 @@ import zarr
 from zarr.storage import LocalStore, ObjectStore
 
 import pipeline
-from pipeline.matrix.fingerprint import stamp_matrix, stamp_source
+from pipeline.matrix.fingerprint import fingerprint_matrix, fingerprint_source
 from pipeline.matrix.sources import open_source
 from tests.layouts import LAYOUTS, distinct, in_memory
 
@@ -81,8 +81,8 @@ PRINT = """
 import sys
 from tests import test_stamps as t
 from pathlib import Path
-print(*(t.stamp_source(t.opened(Path(sys.argv[1]), name)).digest for name in t.SOURCES))
-print(*(t.stamp_matrix(t.pipeline.open_matrix(f"{sys.argv[1]}/{name}"), t.STARTS, t.LENGTH).digest for name in t.MATRICES))
+print(*(t.fingerprint_source(t.opened(Path(sys.argv[1]), name)).digest for name in t.SOURCES))
+print(*(t.fingerprint_matrix(t.pipeline.open_matrix(f"{sys.argv[1]}/{name}"), t.STARTS, t.LENGTH).digest for name in t.MATRICES))
 """
 MATRICES = ["shards.zarr", "v2.zarr", "columns.zarr", "plain.zarr", "A.npy", "plain.h5"]
 
@@ -93,9 +93,11 @@ def test_digests_are_the_same_in_another_process_and_working_directory(kept):
         [sys.executable, "-c", PRINT, "."], cwd=kept, env=environment, capture_output=True, text=True, check=True
     )
     sources, matrices = (line.split() for line in done.stdout.splitlines())
-    mine = [stamp_source(opened(kept, name)).digest for name in SOURCES]
+    mine = [fingerprint_source(opened(kept, name)).digest for name in SOURCES]
     assert sources == mine
-    assert matrices == [stamp_matrix(pipeline.open_matrix(kept / name), STARTS, LENGTH).digest for name in MATRICES]
+    assert matrices == [
+        fingerprint_matrix(pipeline.open_matrix(kept / name), STARTS, LENGTH).digest for name in MATRICES
+    ]
     assert len({*mine, *matrices}) == len(mine) + len(matrices)
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in mine)
 
@@ -103,7 +105,9 @@ def test_digests_are_the_same_in_another_process_and_working_directory(kept):
 def test_a_link_to_the_same_files_is_the_same(kept, tmp_path):
     (tmp_path / "link").symlink_to(kept)
     for name in ("npy", "zarr", "stack"):
-        assert stamp_source(opened(tmp_path / "link", name)).digest == stamp_source(opened(kept, name)).digest
+        assert (
+            fingerprint_source(opened(tmp_path / "link", name)).digest == fingerprint_source(opened(kept, name)).digest
+        )
 
 
 def touch(path):
@@ -134,14 +138,14 @@ def test_any_time_of_a_file_is_as_good(name, seconds, folder):
             if path.stat().st_mtime_ns != seconds * 10**9 + 7:
                 pytest.skip("the file system has no such times")
     source = opened(folder, name)
-    stamp = stamp_source(source)
+    stamp = fingerprint_source(source)
     pickle.loads(pickle.dumps(stamp)).check()
-    assert stamp_source(opened(folder, name)).digest == stamp.digest
+    assert fingerprint_source(opened(folder, name)).digest == stamp.digest
     path = folder / SOURCES[name][2]
     touch(path)
     with pytest.raises(pipeline.IntegrityError, match=re.escape(str(path))):
         stamp.check()
-    assert stamp_source(opened(folder, name)).digest != stamp.digest
+    assert fingerprint_source(opened(folder, name)).digest != stamp.digest
 
 
 @pytest.mark.parametrize("seconds", SECONDS.values(), ids=SECONDS)
@@ -162,7 +166,7 @@ def test_runs_on_files_of_any_time(name, seconds, folder):
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_that_changed_is_named(name, change, folder):
     source = opened(folder, name)
-    stamp = stamp_source(source)
+    stamp = fingerprint_source(source)
     stamp.check()
     path = folder / SOURCES[name][2]
     size = path.stat().st_size
@@ -171,14 +175,14 @@ def test_a_source_that_changed_is_named(name, change, folder):
     with pytest.raises(pipeline.IntegrityError, match=rf"{re.escape(str(path))} was changed \({size} bytes .*{words}"):
         pickle.loads(pickle.dumps(stamp)).check()
     if change is touch:
-        assert stamp_source(opened(folder, name)).digest != stamp.digest
+        assert fingerprint_source(opened(folder, name)).digest != stamp.digest
 
 
 @pytest.mark.parametrize(
     ("name", "document"), [("zarr", "shards.zarr/zarr.json"), ("zarr-v2", "v2.zarr/.zarray"), ("stack", "shards.zarr/zarr.json")]
 )  # fmt: skip
 def test_metadata_that_changed(name, document, folder):
-    stamp = stamp_source(opened(folder, name))
+    stamp = fingerprint_source(opened(folder, name))
     path = folder / document
     text = path.read_bytes()
     touch(path)
@@ -186,7 +190,7 @@ def test_metadata_that_changed(name, document, folder):
     path.write_bytes(text + b"\n")
     with pytest.raises(pipeline.IntegrityError, match=f"{path.name} of file://.* was changed"):
         stamp.check()
-    assert stamp_source(opened(folder, name)).digest != stamp.digest
+    assert fingerprint_source(opened(folder, name)).digest != stamp.digest
     path.unlink()
     with pytest.raises(pipeline.IntegrityError, match=path.name):
         stamp.check()
@@ -232,9 +236,9 @@ def test_what_is_drawn_or_read_in_another_way_is_another_source(kept):
         *(open_source(kept / "chunks.h5", axis=axis) for axis in range(3)),
         *(open_source([kept / "A.npy"] * count) for count in (1, 2)),
     ]
-    assert len({stamp_source(source).digest for source in sources}) == len(sources)
+    assert len({fingerprint_source(source).digest for source in sources}) == len(sources)
     for source in sources:
-        stamp_source(source).check()
+        fingerprint_source(source).check()
 
 
 def test_files_of_one_size_and_time_in_two_folders_are_two_sources(kept, tmp_path):
@@ -244,7 +248,7 @@ def test_files_of_one_size_and_time_in_two_folders_are_two_sources(kept, tmp_pat
         shutil.copytree(kept / "shards.zarr", tmp_path / name)
         for path in (tmp_path / name).rglob("*"):
             os.utime(path, ns=(1, 1))
-        digests.add(stamp_source(open_source(tmp_path / name)).digest)
+        digests.add(fingerprint_source(open_source(tmp_path / name)).digest)
     assert len(digests) == 2
 
 
@@ -260,16 +264,16 @@ class TestOfWindows:
     )
     def test_only_what_windows_touch_matters(self, name, touched, others, folder):
         matrix = pipeline.open_matrix(folder / name)
-        stamp = stamp_matrix(matrix, STARTS, LENGTH)
+        stamp = fingerprint_matrix(matrix, STARTS, LENGTH)
         for other in others:
             (folder / name / other).unlink()
         stamp.check()
-        assert stamp_matrix(matrix, STARTS, LENGTH).digest == stamp.digest
+        assert fingerprint_matrix(matrix, STARTS, LENGTH).digest == stamp.digest
         for path in touched:
             touch(folder / name / path)
             with pytest.raises(pipeline.IntegrityError, match=f"{path} was changed"):
                 stamp.check()
-            again = stamp_matrix(matrix, STARTS, LENGTH)
+            again = fingerprint_matrix(matrix, STARTS, LENGTH)
             assert again.digest != stamp.digest
             stamp = again
 
@@ -277,13 +281,13 @@ class TestOfWindows:
         matrix = pipeline.open_matrix([folder / "A.npy"] * 2)
         touch(folder / "A.npy")
         with pytest.raises(pipeline.IntegrityError, match=r"A\.npy was changed"):
-            stamp_matrix(matrix, STARTS, LENGTH).check()
+            fingerprint_matrix(matrix, STARTS, LENGTH).check()
 
     def test_of_parts_only_those_that_windows_touch(self, folder):
         for name in ("B", "C"):
             shutil.copy2(folder / "A.npy", folder / f"{name}.npy")
         matrix = pipeline.open_matrix([folder / f"{name}.npy" for name in "ABC"])
-        stamp = stamp_matrix(matrix, np.array([200, 220]), LENGTH)
+        stamp = fingerprint_matrix(matrix, np.array([200, 220]), LENGTH)
         touch(folder / "C.npy")
         stamp.check()
         touch(folder / "B.npy")
@@ -294,7 +298,7 @@ class TestOfWindows:
         path = folder / "v2.zarr/5.0.0"
         content = path.read_bytes()
         path.unlink()
-        stamp = stamp_matrix(pipeline.open_matrix(folder / "v2.zarr", missing_chunks="fill"), STARTS, LENGTH)
+        stamp = fingerprint_matrix(pipeline.open_matrix(folder / "v2.zarr", missing_chunks="fill"), STARTS, LENGTH)
         stamp.check()
         path.write_bytes(content)
         with pytest.raises(pipeline.IntegrityError, match=r"v2.zarr/5.0.0 was changed \(absent when .* bytes now\)"):
@@ -302,21 +306,21 @@ class TestOfWindows:
 
     def test_how_it_is_read_is_no_part_of_what_it_is(self, folder):
         stamps = [
-            stamp_matrix(pipeline.open_matrix(folder / "shards.zarr", check_reads=checked), STARTS, LENGTH)
+            fingerprint_matrix(pipeline.open_matrix(folder / "shards.zarr", check_reads=checked), STARTS, LENGTH)
             for checked in (False, True)
         ]
         assert stamps[0].digest == stamps[1].digest
 
     def test_a_request_of_other_windows_is_another(self, kept):
         matrix = pipeline.open_matrix(kept / "shards.zarr")
-        digests = {stamp_matrix(matrix, np.array([start]), LENGTH).digest for start in (0, 24, 48)}
+        digests = {fingerprint_matrix(matrix, np.array([start]), LENGTH).digest for start in (0, 24, 48)}
         assert len(digests) == 3
 
     def test_a_folder_named_from_the_working_directory(self, folder, tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         matrix = pipeline.open_matrix(zarr.open_array(LocalStore("shards.zarr"), mode="r"))
-        stamp = stamp_matrix(matrix, STARTS, LENGTH)
-        assert stamp.digest == stamp_matrix(pipeline.open_matrix(folder / "shards.zarr"), STARTS, LENGTH).digest
+        stamp = fingerprint_matrix(matrix, STARTS, LENGTH)
+        assert stamp.digest == fingerprint_matrix(pipeline.open_matrix(folder / "shards.zarr"), STARTS, LENGTH).digest
 
 
 class TestStores:
@@ -329,10 +333,13 @@ class TestStores:
         if not listed:
             monkeypatch.setattr("pipeline.matrix.keys._LISTED_KEYS", 0)
         array = self.objects(folder, "shards.zarr")
-        stamps = [stamp_source(open_source(array)), stamp_matrix(pipeline.open_matrix(array), STARTS, LENGTH)]
+        stamps = [
+            fingerprint_source(open_source(array)),
+            fingerprint_matrix(pipeline.open_matrix(array), STARTS, LENGTH),
+        ]
         monkeypatch.undo()
         # However the store was asked.
-        assert stamp_source(open_source(array)).digest == stamps[0].digest
+        assert fingerprint_source(open_source(array)).digest == stamps[0].digest
         path = folder / "shards.zarr/c/1/0/0"
         size = path.stat().st_size
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1_000_000))
@@ -341,13 +348,13 @@ class TestStores:
                 stamp.check()
 
     def test_an_object_that_is_gone(self, folder):
-        stamp = stamp_source(open_source(self.objects(folder, "v2.zarr")))
+        stamp = fingerprint_source(open_source(self.objects(folder, "v2.zarr")))
         (folder / "v2.zarr/7.0.0").unlink()
         with pytest.raises(pipeline.IntegrityError, match=r"7.0.0 was changed .* absent now"):
             stamp.check()
 
     def test_metadata_of_a_store(self, folder):
-        stamp = stamp_source(open_source(self.objects(folder, "shards.zarr")))
+        stamp = fingerprint_source(open_source(self.objects(folder, "shards.zarr")))
         path = folder / "shards.zarr/zarr.json"
         path.write_bytes(path.read_bytes() + b" ")
         with pytest.raises(pipeline.IntegrityError, match="zarr.json of .* was changed"):
@@ -359,8 +366,8 @@ class TestStores:
 
         monkeypatch.setattr("pipeline.matrix.keys._LISTED_KEYS", 0)
         array = zarr.open_array(OtherLocal(folder / "shards.zarr"), mode="r")
-        stamp = stamp_matrix(pipeline.open_matrix(array), STARTS, LENGTH)
-        assert stamp_matrix(pipeline.open_matrix(array), STARTS, LENGTH).digest == stamp.digest
+        stamp = fingerprint_matrix(pipeline.open_matrix(array), STARTS, LENGTH)
+        assert fingerprint_matrix(pipeline.open_matrix(array), STARTS, LENGTH).digest == stamp.digest
         cut(folder / "shards.zarr/c/1/0/0")
         with pytest.raises(pipeline.IntegrityError, match="c/1/0/0 was changed"):
             stamp.check()
@@ -368,7 +375,7 @@ class TestStores:
     def test_a_store_that_tells_nothing(self, kept):
         store = in_memory(kept / "plain.zarr")
         matrix = pipeline.open_matrix(zarr.open_array(store, mode="r"))
-        stamp = stamp_matrix(matrix, STARTS, LENGTH)
+        stamp = fingerprint_matrix(matrix, STARTS, LENGTH)
         pickle.loads(pickle.dumps(stamp)).check()
         stamp.check()
         del store._store_dict["c/0/0/0"]
@@ -378,7 +385,7 @@ class TestStores:
     def test_a_store_that_fails(self, kept, monkeypatch):
         array = zarr.open_array(in_memory(kept / "plain.zarr"), mode="r")
         source = open_source(array)
-        stamp = stamp_source(source)
+        stamp = fingerprint_source(source)
 
         async def fail(*_, **__):
             raise TimeoutError("no answer")
@@ -387,14 +394,14 @@ class TestStores:
         with pytest.raises(pipeline.OpenError, match="no answer"):
             stamp.check()
         with pytest.raises(pipeline.OpenError, match="no answer"):
-            stamp_source(source)
+            fingerprint_source(source)
 
 
 def test_chunks_of_several_sizes(tmp_path):
     with zarr.config.set({"array.rectilinear_chunks": True}):
         array = zarr.create_array(str(tmp_path / "A.zarr"), shape=(30, 4), dtype="f8", chunks=((10, 20), (4,)))
         array[:] = distinct(30, (4,))
-        stamp = stamp_source(open_source(array))
+        stamp = fingerprint_source(open_source(array))
         stamp.check()
         touch(tmp_path / "A.zarr/c/1/0")
         with pytest.raises(pipeline.IntegrityError, match="c/1/0 was changed"):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import dask
 import distributed
@@ -19,10 +20,11 @@ import pytest
 
 import pipeline
 from pipeline.errors import OpenError
-from pipeline.matrix import sights
+from pipeline.matrix.fingerprint import fingerprint_matrix, fingerprint_source
 from pipeline.runtime import preflight as workers
 from pipeline.runtime.preflight import IN_PROCESS, Answer, Terms, survey_workers
 from pipeline.runtime.report import Watch
+from tests.layouts import in_memory
 
 LENGTH = 16
 STARTS = [5, 1800, 900, 31, 32, 1234, 1984, 400, 401, 77, 650, 1500, 0, 299]
@@ -50,6 +52,11 @@ def plan(samples):
     return pipeline.plan_windows(pipeline.open_matrix(samples / "A.zarr"), STARTS, length=LENGTH)
 
 
+def seen(matrix):
+    """What workers must see of a matrix."""
+    return fingerprint_matrix(matrix, np.sort(STARTS), LENGTH).sample()
+
+
 def one_of(client):
     return min(client.scheduler_info(n_workers=-1)["workers"])
 
@@ -65,7 +72,7 @@ def change_versions(**changed):
 class TestSurvey:
     def test_all_see_all(self, active, plan):
         said = []
-        survey = survey_workers(sights.matrix_sights(plan.matrix), say=said.append, reach=True)
+        survey = survey_workers([seen(plan.matrix)], say=said.append, reach=True)
         assert survey.shares
         assert survey.same_host
         assert not survey.in_process
@@ -93,11 +100,11 @@ class TestSurvey:
         assert len(asked) == 1
 
     def test_one_that_does_not_see_the_matrix_is_named_with_the_path(self, active, plan, tmp_path):
-        worker, path = one_of(active), f"{plan.matrix.path}/zarr.json"
-        active.run(lose, path, workers=[worker])
+        worker = one_of(active)
+        active.run(lose, str(plan.matrix.path), workers=[worker])
         try:
             for sink in (pipeline.gather, lambda plan: pipeline.store(plan, tmp_path / "w.zarr")):
-                message = re.escape(f"{worker} (1 of 2 workers) does not see {path}: No such file or directory; let it")
+                message = rf"{re.escape(worker)} \(1 of 2 workers\) does not see zarr.json of file://{re.escape(plan.matrix.path)} \(\d+ bytes on the client, absent on the worker\); let it"
                 with pytest.raises(OpenError, match=message) as caught:
                     sink(plan)
                 assert caught.value.exit_code == 3
@@ -109,10 +116,13 @@ class TestSurvey:
         """As on a worker whose disk has a matrix of the same shape."""
         shutil.copytree(samples / "A.zarr", tmp_path / "A.zarr")
         plan = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "A.zarr"), STARTS, length=LENGTH)
-        [sight] = sights.matrix_sights(plan.matrix)
+        sight = seen(plan.matrix)
         document = tmp_path / "A.zarr" / "zarr.json"
         document.write_bytes(document.read_bytes().replace(b'"shape"', b'"shapf"'))
-        with pytest.raises(OpenError, match=r"does not see .*zarr\.json: it is another file"):
+        with pytest.raises(
+            OpenError,
+            match=r"does not see zarr\.json of .* \((\d+) bytes on the client, another file of \1 bytes on the",
+        ):
             survey_workers([sight], say=pytest.fail)
 
     def test_one_that_does_not_see_the_output(self, active, plan, tmp_path):
@@ -189,7 +199,7 @@ class TestSurvey:
         np.testing.assert_array_equal(pipeline.gather(plan), windows)
 
     def test_the_answer_is_plain_data(self, plan):
-        terms = Terms("run", workers.find_versions(), sights.matrix_sights(plan.matrix), "another machine")
+        terms = Terms("run", workers.find_versions(), (seen(plan.matrix),), "another machine")
         answer = workers._answer(pickle.loads(pickle.dumps(terms)), None)
         assert answer == Answer("", workers.find_versions(), shares=False, boot=workers._boot())
         assert len(pickle.dumps(terms)) < 2000
@@ -199,34 +209,31 @@ def lose(path):
     """Let a worker not see what begins with a path."""
     import os
 
-    from pipeline.matrix import sights
+    from pipeline.matrix import fingerprint
+    from pipeline.runtime import preflight
 
-    def guarded(real):
-        def call(name, *given):
-            if str(name).startswith(path):
-                if real is os.path.isdir:
-                    return False
-                raise FileNotFoundError(2, os.strerror(2), name)
-            return real(name, *given)
-
-        return call
+    def guarded(name):
+        return not name.startswith(path) and os.path.isdir(name)  # noqa: PTH112
 
     class Blind:
-        path = type("path", (), {"isdir": staticmethod(guarded(os.path.isdir))})
-        stat = staticmethod(guarded(os.stat))
+        path = type("path", (), {"isdir": staticmethod(guarded)})
 
         def __getattr__(self, name):
             return getattr(os, name)
 
-    sights.os = Blind()
+    real = fingerprint.read_key
+    fingerprint.read_key = lambda store, key: None if path in str(store) else real(store, key)
+    preflight.os = Blind()
 
 
 def find():
     import os
 
-    from pipeline.matrix import sights
+    from pipeline.matrix import fingerprint
+    from pipeline.runtime import preflight
+    from pipeline.storage.listing import read_key
 
-    sights.os = os
+    fingerprint.read_key, preflight.os = read_key, os
 
 
 class TestLaterWorkers:
@@ -234,11 +241,11 @@ class TestLaterWorkers:
 
     def test_a_task_says_which_does_not_see(self, active, plan, monkeypatch):
         worker = one_of(active)
-        active.run(lose, f"{plan.matrix.path}/zarr.json", workers=[worker])
+        active.run(lose, str(plan.matrix.path), workers=[worker])
         monkeypatch.setattr(workers, "_judge", lambda replies: {})
         monkeypatch.setattr("pipeline.plan.plan._LEAST_BLOCK_NBYTES", 1)
         try:
-            with pytest.raises(OpenError, match=f"{worker} does not see {plan.matrix.path}/zarr.json"):
+            with pytest.raises(OpenError, match=f"{worker} does not see zarr.json of file://{plan.matrix.path}"):
                 pipeline.gather(pipeline.plan_windows(plan.matrix, STARTS * 20, length=LENGTH))
         finally:
             active.run(find)
@@ -280,17 +287,31 @@ class TestStores:
 
         array = zarr.open_array(ObjectStore(LocalStore(samples / "A.zarr"), read_only=True), mode="r")
         plan = pipeline.plan_windows(pipeline.open_matrix(array), STARTS, length=LENGTH)
-        [sight] = sights.matrix_sights(plan.matrix)
+        sight = seen(plan.matrix)
         assert sight.look() == ""
         np.testing.assert_array_equal(pipeline.gather(plan), windows)
-        gone = sights.KeySight(sight.store, "no.json", sight.nbytes, "the/no.json")
-        assert gone.look() == "the/no.json: no such key"
-        other = sights.KeySight(sight.store, sight.key, sight.nbytes + 1, "the/zarr.json")
-        assert other.look() == "the/zarr.json: it is another key"
+        [document] = sight.parts
+        for changed, now in [({"key": "no.json"}, "absent"), ({"digest": "0" * 64}, r"another file of \d+ bytes")]:
+            other = replace(sight, parts=(replace(document, **changed),))
+            assert re.fullmatch(
+                rf"\w+\.json of .*LocalStore.* \(\d+ bytes on the client, {now} on the worker\)", other.look()
+            )
+
+    def test_a_store_that_fails(self, samples, monkeypatch):
+        import zarr
+
+        sight = seen(pipeline.open_matrix(zarr.open_array(in_memory(samples / "A.zarr"), mode="r")))
+
+        async def fail(*_, **__):
+            raise TimeoutError("no answer")
+
+        monkeypatch.setattr(zarr.storage.MemoryStore, "get", fail)
+        assert sight.look() == "the source: TimeoutError: no answer"
 
     @pytest.mark.parametrize("name", ["A.npy", "A.zarr"])
     def test_sources(self, active, samples, name, tmp_path, values):
-        [sight] = sights.source_sights(pipeline.matrix.sources.open_source(samples / name))
+        sight = fingerprint_source(pipeline.matrix.sources.open_source(samples / name)).sample()
+        assert len(sight.parts) == 1
         assert sight.look() == ""
         matrix = pipeline.create_matrix(samples / name, tmp_path / "B.zarr")
         np.testing.assert_array_equal(matrix.array[:], values)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.formatting import MIB
 from pipeline.integrity.manifest import RANGE_NBYTES
-from pipeline.matrix.sights import storage_sights
-from pipeline.runtime.preflight import survey_workers
+from pipeline.runtime.preflight import FolderSight, survey_workers
 from pipeline.runtime.resources import active_client, count_threads, fit_memory
 from pipeline.runtime.runner import run_tasks
 from pipeline.runtime.tasks import name_tasks
+from pipeline.storage.base import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +57,8 @@ def read_ranges[T](
     threads = count_threads(active_client())
     footprint = fit_memory(_TASK_MEMORY, None, threads=threads, what="one task of verify")
     parts = list(_batch(ranges))
-    survey = survey_workers(storage_sights(about[0]), say=watch.say)
+    folders = [FolderSight(about[0].root, written=False)] if isinstance(about[0], Folder) else []
+    survey = survey_workers(folders, say=watch.say)
     tasks = name_tasks("verify", survey.guard(function), ((*about, part, number) for number, part in enumerate(parts)))
     watch.begin(len(parts), len(ranges), sum(each.nbytes for each in ranges))
     span = ("pipeline", "verify")

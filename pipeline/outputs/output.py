@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.integrity.record import seal_folder
-from pipeline.matrix.sights import output_sights
+from pipeline.matrix.arrays import local_folder
 from pipeline.outputs.bucket import BucketOutput
 from pipeline.outputs.folder import check_destination, is_finished, is_result, stage_output
 from pipeline.outputs.shards import create_array, write_entries
 from pipeline.plan.cost import writing_nbytes
+from pipeline.runtime.preflight import FolderSight
 from pipeline.storage.locations import check_apart, locate
 from pipeline.storage.zarrconfig import pinned_config
 
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.matrix.sights import Sight
     from pipeline.outputs.folder import Stage as Staged
     from pipeline.outputs.journal import Request
+    from pipeline.runtime.preflight import Sight
     from pipeline.storage.checksums import FileRecord
     from pipeline.storage.locations import Location, Url
 
@@ -238,7 +239,8 @@ class FolderWriter:
 
     def sights(self) -> tuple[Sight, ...]:
         """See `Writer.sights`."""
-        return output_sights(self.array)
+        folder = local_folder(self.array)
+        return () if folder is None else (FolderSight(str(folder.absolute()), written=True),)
 
     def write(
         self,

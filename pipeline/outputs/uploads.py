@@ -87,7 +87,7 @@ class Upload:
         )
 
     def look(self) -> str:
-        """See `sights.Sight.look`."""
+        """See `preflight.Sight.look`."""
         try:
             replace(self.ledger, bucket=self.ledger.bucket.hurried()).check(self.run)
         except PipelineError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import os
 import platform
 import sys
 import uuid
@@ -12,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,11 +23,11 @@ from pipeline.errors import OpenError, PipelineError
 from pipeline.formatting import count_of
 from pipeline.runtime.resources import active_client, shares_memory
 from pipeline.runtime.shared_memory import open_handle, share_memory
+from pipeline.storage.filesystem import may_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from pipeline.matrix.sights import Sight
     from pipeline.runtime.shared_memory import Handle
 
 _PACKAGE = "random-windows"
@@ -47,6 +48,29 @@ _OOM = Path("/proc/self/oom_score_adj")
 _OOM_SCORE = 500
 """As if it held half of the memory that there is, in addition; a process may always raise its own."""
 _MET = 64
+
+
+class Sight(Protocol):
+    """Something that a worker must see: a fingerprint, a folder, a claim. Picklable."""
+
+    def look(self) -> str:
+        """Look for it from this process: its name and what is wrong with it; empty where nothing is."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSight:
+    """A folder on a disk that a worker must be allowed to read, or to write."""
+
+    path: str
+    written: bool
+
+    def look(self) -> str:
+        """Say why the folder cannot be used."""
+        if not os.path.isdir(self.path):  # noqa: PTH112
+            return f"{self.path}: No such folder"
+        if may_write(Path(self.path)) if self.written else os.access(self.path, os.R_OK | os.X_OK):
+            return ""
+        return f"{self.path}: it may not be {'written' if self.written else 'read'}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 from pipeline.arguments import check_flag, check_mapping, check_whole, is_whole, show
 from pipeline.errors import IncompleteError, InputError
 from pipeline.formatting import count_of
-from pipeline.matrix.fingerprint import stamp_matrix
+from pipeline.matrix.fingerprint import fingerprint_matrix
 from pipeline.outputs.journal import Request
 from pipeline.plan.group import GroupPlan, by_member, check_plan
 from pipeline.process import close_at_exit, is_ending
@@ -252,8 +252,8 @@ def iter_batches(
     applies: dict[str, Any] = by_member(apply, plans, "apply") if isinstance(plan, GroupPlan) else {"": apply}
     members = {}
     for name, each in plans.items():
-        stamp = stamp_matrix(each.matrix, each.sorted_starts, each.length)
-        members[name] = Member(each, prepare_work(each, applies[name]), stamp)
+        fingerprint = fingerprint_matrix(each.matrix, each.sorted_starts, each.length)
+        members[name] = Member(each, prepare_work(each, applies[name]), fingerprint)
     reading = Reading(members, epochs, shuffle, prefetch, isinstance(plan, GroupPlan))
     reading.fit(None)
     return Batches(reading, epoch=epoch)

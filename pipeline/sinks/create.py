@@ -17,9 +17,8 @@ from pipeline.errors import InputError
 from pipeline.formatting import count_of, format_size, html_table, list_some, text_line
 from pipeline.matrix.arrays import locate_array
 from pipeline.matrix.attributes import Description
-from pipeline.matrix.fingerprint import stamp_source
+from pipeline.matrix.fingerprint import fingerprint_source
 from pipeline.matrix.matrix import Matrix, open_single
-from pipeline.matrix.sights import source_sights
 from pipeline.matrix.sources import Source, open_source, referred_files
 from pipeline.memory import budget, parse_size
 from pipeline.outputs.journal import Request
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import DTypeLike, NDArray
 
-    from pipeline.matrix.fingerprint import Stamp
+    from pipeline.matrix.fingerprint import Fingerprint
     from pipeline.outputs.output import Output, Stage, Writer
     from pipeline.runtime.report import Watch
     from pipeline.storage.locations import Location, Url
@@ -122,11 +121,11 @@ class Creation:
         threads = count_threads(active_client())
         return fit_memory(self.task_nbytes, self.memory, threads=threads, what="one task of create")
 
-    def request(self, stamp: Stamp) -> Request:
+    def request(self, fingerprint: Fingerprint) -> Request:
         """What decides the bytes of the matrix."""
         facts = {
             "kind": "matrix",
-            "source": stamp.digest,
+            "source": fingerprint.digest,
             "shape": str(self.source.shape),
             "dtype": self.source.dtype.str,
             "layout": f"{self.cut} {self.compress}",
@@ -137,15 +136,15 @@ class Creation:
     def run(self, watch: Watch) -> Matrix:
         """Write the matrix, telling `watch` of every task that is done."""
         self.footprint()
-        stamp = stamp_source(self.source)
-        request = self.request(stamp)
+        fingerprint = fingerprint_source(self.source)
+        request = self.request(fingerprint)
         if self.resume and self.output.is_finished(request):
             return self._open()
         given = {"resume": self.resume, "overwrite": self.overwrite}
         with self.output.stage(request, cut=self.task_rows, nbytes=self.least_nbytes, **given) as stage:
-            self._write(stage, watch, replace(self, task_rows=stage.cut).footprint().fits)
+            self._write(stage, fingerprint, watch, replace(self, task_rows=stage.cut).footprint().fits)
             # Whatever changed while it was read, an exit 0 would call it a copy.
-            stamp.check()
+            fingerprint.check()
             ours: dict[str, Any] = {"kind": "matrix", "request": request.facts}
             parts = getattr(self.source, "parts", None)
             if parts is not None:
@@ -164,7 +163,7 @@ class Creation:
         """Open what was made, under the name that was given."""
         return replace(open_single(self.output.place), path=str(self.dest))
 
-    def _write(self, stage: Stage, watch: Watch, at_once: int) -> None:
+    def _write(self, stage: Stage, fingerprint: Fingerprint, watch: Watch, at_once: int) -> None:
         """Run the tasks that are not finished yet."""
         shape, rows, told = self.source.shape, stage.cut, self._told
         names = ["row", *(f"column_{axis}" for axis in range(len(shape) - 1))]
@@ -183,7 +182,7 @@ class Creation:
         for number, first, stop in cuts:
             if number in stage.done:
                 watch.task_kept(stop - first)
-        survey = survey_workers((*source_sights(self.source), *writer.sights()), say=watch.say)
+        survey = survey_workers((fingerprint.sample(), *writer.sights()), say=watch.say)
         with open_run() as run:
             arguments = ((self.source, writer, self.streams, *each, run) for each in cuts if each[0] not in stage.done)
             tasks = name_tasks("create", survey.guard(copy_rows), arguments)
@@ -376,7 +375,7 @@ def plan_creation(
     room = int(budget(limit).nbytes * _READ_SHARE)
     files = max(1, min(-(-opened.chunk_rows // cut.file), room // (cut.file * row_nbytes)))
     creation = Creation(opened, output, cut, compress, files * cut.file, limit, resume, overwrite)
-    if not (resume and output.is_result(creation.request(stamp_source(opened)))):
+    if not (resume and output.is_result(creation.request(fingerprint_source(opened)))):
         output.check(nbytes=creation.least_nbytes, resume=resume, overwrite=overwrite)
     creation.footprint()
     return creation

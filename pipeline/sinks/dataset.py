@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.arguments import check_numbers, is_whole, show
 from pipeline.errors import InputError
 from pipeline.formatting import MIB, count_of
-from pipeline.matrix.fingerprint import stamp_matrix
+from pipeline.matrix.fingerprint import fingerprint_matrix
 from pipeline.matrix.keys import Keys
 from pipeline.memory import parse_size
 from pipeline.plan.group import GroupPlan, by_member, check_plan
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.matrix.fingerprint import Stamp
+    from pipeline.matrix.fingerprint import Fingerprint
     from pipeline.plan.plan import Plan
     from pipeline.runtime.tasks import Apply, Work
 
@@ -159,7 +159,7 @@ class _Member:
     dtype: np.dtype[Any]
     """Of the matrix."""
     work: Work
-    stamp: Stamp
+    fingerprint: Fingerprint
     """What the matrix was when the data set was made."""
     forks: bool
     """Whether a forked process may read it, too."""
@@ -179,14 +179,14 @@ class _Member:
     def of(cls, plan: Plan, apply: Apply | None, most_nbytes: int) -> _Member:
         """Check what is to be read."""
         layout = plan.matrix.layout
-        stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+        fingerprint = fingerprint_matrix(plan.matrix, plan.sorted_starts, plan.length)
         chunk_rows = layout.chunk_rows if layout.reader == "decoded" and most_nbytes else 0
         forks = not isinstance(layout.files, Keys) or _is_in_memory(layout.files)
         work = prepare_work(plan, apply)
-        return cls(plan.starts, plan.matrix.shape, plan.matrix.dtype, work, stamp, forks, chunk_rows, most_nbytes)
+        return cls(plan.starts, plan.matrix.shape, plan.matrix.dtype, work, fingerprint, forks, chunk_rows, most_nbytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        facts = (self.starts, self.shape, self.dtype, self.work, self.stamp)
+        facts = (self.starts, self.shape, self.dtype, self.work, self.fingerprint)
         return _Member, (*facts, self.forks, self.chunk_rows, self.most_nbytes)
 
     def read(self, places: NDArray[np.int64]) -> NDArray[Any]:
@@ -221,7 +221,7 @@ class _Member:
                 )
             # Its parent may have held it in another thread.
             self.lock, self.home = threading.Lock(), process
-        self.stamp.check()
+        self.fingerprint.check()
         self.looked = process
 
     def _copy_chunks(self, starts: NDArray[np.int64], block: NDArray[Any]) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 
 from pipeline.arguments import check_flag, check_path, show
 from pipeline.errors import InputError, IntegrityError
-from pipeline.matrix.fingerprint import stamp_matrix
-from pipeline.matrix.sights import matrix_sights
+from pipeline.matrix.fingerprint import fingerprint_matrix
 from pipeline.memory import budget, held_nbytes
 from pipeline.outputs.folder import check_destination, is_finished, is_result, stage_output
 from pipeline.outputs.journal import Request
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.matrix.fingerprint import Stamp
+    from pipeline.matrix.fingerprint import Fingerprint
     from pipeline.outputs.folder import Stage
     from pipeline.plan.plan import Cost, Plan
     from pipeline.runtime.preflight import Survey
@@ -149,7 +148,7 @@ class Gathering:
 
     plan: Plan
     work: Work
-    stamp: Stamp
+    fingerprint: Fingerprint
     """What the matrix was when it was checked."""
     out: NDArray[Any] | Path | None
     place: Path
@@ -227,7 +226,7 @@ class Gathering:
         """What decides the bytes of the file."""
         facts = {
             "kind": "npy",
-            "matrix": self.stamp.digest,
+            "matrix": self.fingerprint.digest,
             "starts": digest_array(self.plan.starts),
             "length": str(self.plan.length),
             **self.plan.selection.facts(),
@@ -239,7 +238,7 @@ class Gathering:
     def run(self, watch: Watch) -> NDArray[Any]:
         """Read the windows, telling `watch` of every task that is done."""
         plan = self.plan
-        survey = survey_workers(matrix_sights(plan.matrix), say=watch.say, reach=True)
+        survey = survey_workers([self.fingerprint.sample()], say=watch.say, reach=True)
         footprint = self.footprint(survey=survey)
         if active_client() is not None or not survey.in_process:
             check_apply_travels(self.work, in_process=survey.in_process)
@@ -247,7 +246,7 @@ class Gathering:
         if not isinstance(self.out, Path):
             watch.begin(plan.count_tasks(windows), len(plan), plan.nbytes)
             out = self.fill(survey, watch, windows, footprint.fits, span="array")
-            self.stamp.check()
+            self.fingerprint.check()
             return out
         request = self.request()
         if not (self.resume and is_finished(self.place, request)):
@@ -255,7 +254,7 @@ class Gathering:
                 self.place, request, cut=windows, nbytes=self.nbytes, resume=self.resume, overwrite=self.overwrite
             ) as stage:
                 self._write(stage, survey, watch, self.footprint(stage.cut, survey).fits)
-                self.stamp.check()
+                self.fingerprint.check()
                 mark_npy(stage.output, request.digest)
         watch.lacking = say_refusals(self.place)
         return _load(self.place)
@@ -400,8 +399,7 @@ class GroupGathering:
     def run(self, watch: Watch) -> dict[str, NDArray[Any]]:
         """Read the windows of one array after the other, telling `watch` of every task that is done."""
         members = self.members.values()
-        sights = [sight for member in members for sight in matrix_sights(member.plan.matrix)]
-        survey = survey_workers(sights, say=watch.say, reach=True)
+        survey = survey_workers([member.fingerprint.sample() for member in members], say=watch.say, reach=True)
         at_once = self.footprint(survey).fits
         if active_client() is not None or not survey.in_process:
             for member in members:
@@ -413,7 +411,7 @@ class GroupGathering:
             name: member.fill(survey, watch, cuts[name], at_once, span=name) for name, member in self.members.items()
         }
         for member in members:
-            member.stamp.check()
+            member.fingerprint.check()
         return made
 
 
@@ -477,8 +475,8 @@ def _prepare_single(
         check_apart(out, plan.matrix.inputs())
     elif resume:
         raise InputError("a run that resumes has a file to go on with; an array in memory has none; drop it")
-    stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
-    gathering = Gathering(plan, prepare_work(plan, apply), stamp, out, place, resume, overwrite)
+    fingerprint = fingerprint_matrix(plan.matrix, plan.sorted_starts, plan.length)
+    gathering = Gathering(plan, prepare_work(plan, apply), fingerprint, out, place, resume, overwrite)
     shape, dtype = gathering.shape, gathering.work.result.dtype
     if isinstance(out, np.ndarray) and not (
         out.shape == shape and out.dtype == dtype and out.flags.c_contiguous and out.flags.writeable

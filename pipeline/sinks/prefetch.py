@@ -17,7 +17,6 @@ import numpy as np
 
 from pipeline.errors import BudgetError
 from pipeline.formatting import MIB
-from pipeline.matrix.sights import matrix_sights
 from pipeline.plan.plan import BLOCK_NBYTES, Task
 from pipeline.runtime.placement import fill_array, new_array
 from pipeline.runtime.preflight import survey_workers
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.matrix.fingerprint import Stamp
+    from pipeline.matrix.fingerprint import Fingerprint
     from pipeline.plan.plan import Plan
     from pipeline.runtime.preflight import Survey
     from pipeline.runtime.report import Watch
@@ -72,7 +71,7 @@ class Member:
 
     plan: Plan
     work: Work
-    stamp: Stamp
+    fingerprint: Fingerprint
     """What the matrix was when it was checked."""
 
 
@@ -214,7 +213,7 @@ class Reading:
                 if not left or time.monotonic() >= due:
                     begin = time.monotonic()
                     for member in self.members.values():
-                        member.stamp.check()
+                        member.fingerprint.check()
                     due = time.monotonic() + _CHECK_SHARE * (time.monotonic() - begin)
                 while next(iter(group.values())):
                     seen.batch += 1
@@ -235,8 +234,8 @@ class Reading:
 
     def _survey(self, watch: Watch) -> Survey:
         """Ask the workers what they see; each `apply` can travel to them where it has to."""
-        sights = [sight for member in self.members.values() for sight in matrix_sights(member.plan.matrix)]
-        survey = survey_workers(sights, say=watch.say, reach=True)
+        sources = [member.fingerprint.sample() for member in self.members.values()]
+        survey = survey_workers(sources, say=watch.say, reach=True)
         if active_client() is not None or not survey.in_process:
             for member in self.members.values():
                 check_apply_travels(member.work, in_process=survey.in_process)

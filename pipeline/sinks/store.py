@@ -14,9 +14,8 @@ from pipeline.errors import InputError
 from pipeline.formatting import MIB
 from pipeline.matrix.attributes import ARRAY_NAME, NOTHING, Description, describe
 from pipeline.matrix.conventions import Labels, cast_attributes
-from pipeline.matrix.fingerprint import stamp_matrix
+from pipeline.matrix.fingerprint import fingerprint_matrix
 from pipeline.matrix.rows import window_rows
-from pipeline.matrix.sights import matrix_sights
 from pipeline.outputs.journal import Request
 from pipeline.outputs.output import find_output
 from pipeline.outputs.shards import SHARD_NBYTES, cut_results
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from pipeline.matrix.fingerprint import Stamp
+    from pipeline.matrix.fingerprint import Fingerprint
     from pipeline.outputs.output import Output, Stage, Writer
     from pipeline.outputs.shards import Cut
     from pipeline.plan.plan import Cost, Order, Plan, Task
@@ -160,7 +159,7 @@ class Member:
     name: str
     plan: Plan
     work: Work
-    stamp: Stamp
+    fingerprint: Fingerprint
     """What the matrix was when it was checked."""
     description: Description = NOTHING
     """What travels with its values."""
@@ -168,7 +167,7 @@ class Member:
     @classmethod
     def prepare(cls, name: str, plan: Plan, apply: Apply | None, *, alone: bool) -> Self:
         """Look at the matrix's files and at what lies beside them, and probe `apply`."""
-        stamp = stamp_matrix(plan.matrix, plan.sorted_starts, plan.length)
+        fingerprint = fingerprint_matrix(plan.matrix, plan.sorted_starts, plan.length)
         labels, selection = plan.matrix.labels, plan.selection
         if selection.casts:
             cast = cast_attributes(labels.attributes, selection.stored_dtype, selection.dtype)
@@ -181,7 +180,7 @@ class Member:
         else:
             # Arrays of a group would each have coordinates of their own, of the same names.
             found = Description(labels.attributes, ())
-        return cls(name, plan, prepare_work(plan, apply), stamp, found)
+        return cls(name, plan, prepare_work(plan, apply), fingerprint, found)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -212,7 +211,7 @@ class Member:
     def facts(self) -> dict[str, str]:
         """What decides the bytes of the array, beside the starts."""
         return {
-            "matrix": self.stamp.digest,
+            "matrix": self.fingerprint.digest,
             "apply": name_function(self.work.apply),
             "result": f"{self.shape} {self.work.result.dtype.str}",
             "layout": f"{self.cut}",
@@ -293,7 +292,7 @@ class Storing:
             with self.output.stage(request, cut=cut, nbytes=self.nbytes, **given) as stage:
                 beside = self._write(stage, watch, footprint.fits)
                 for member in self.members:
-                    member.stamp.check()
+                    member.fingerprint.check()
                 ours = {"kind": "windows", "matrix": plan.matrix.path, "length": plan.length, "order": self.order}
                 if isinstance(plan, GroupPlan):
                     ours["members"] = {member.name: member.plan.matrix.path for member in self.members}
@@ -312,7 +311,7 @@ class Storing:
             if task.number in stage.done:
                 watch.task_kept(len(task.starts))
         sights = chain.from_iterable(
-            (*matrix_sights(member.plan.matrix), *writer.sights())
+            (member.fingerprint.sample(), *writer.sights())
             for member, writer in zip(self.members, writers, strict=True)
         )
         survey = survey_workers(sights, say=watch.say)
