@@ -159,7 +159,9 @@ member_option = option(
 resume_option = option(
     "--resume", is_flag=True, help="Go on where an interrupted run of the same request ended; a fresh run without one."
 )
-overwrite_option = option("--overwrite", is_flag=True, help="Replace an output that this program wrote.")
+overwrite_option = option(
+    "--overwrite", is_flag=True, help="Replace a local output that this program wrote; URLs are written once."
+)
 
 
 def in_place(function: Callable[..., None]) -> Callable[..., None]:

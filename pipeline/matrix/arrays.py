@@ -98,10 +98,10 @@ def open_root(store: Store, name: str) -> zarr.Array[Any] | zarr.Group:
             break
     if found is None:
         raise denied or NotFoundError(f"a matrix is there before it is opened; nothing is at {name}; check the name")
-    if read_notice(found):
+    if making := read_notice(found):
         raise OpenError(
-            f"an output is read once it is whole; {name} is being replaced by another; wait, or, where that was "
-            f"interrupted, make it with --resume or --overwrite"
+            f"{name} holds an unfinished replacement that an older version left; the new output is whole beside it, in "
+            f".partial/output-{making}: read that, or finish the replacement with the older version"
         )
     try:
         if key == "zarr.json" and (document := json.loads(found)).get("node_type") == "array":

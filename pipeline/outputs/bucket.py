@@ -1,40 +1,29 @@
-"""Outputs on object stores appear whole or not at all: their root's metadata are put last, on a condition, and decide.
+"""Outputs on object stores appear whole or not at all: the metadata of the root are put last, on a condition.
 
-Nothing can be renamed or locked there. One key, `OUT/zarr.json`, says what OUT is, and changes only from what was seen:
-
-    absent        nothing is at OUT that can be read
-    metadata      a finished output, with its record
-    a notice      no metadata: a finished output, below OUT.partial, is being copied into the place of another
-
+Nothing can be renamed or locked on an object store, so an output is written once, where nothing is. One key,
+`OUT/zarr.json`, decides: where it is absent, nothing at OUT can be read; where it is there, the output is finished.
 While an output is made there are
 
-    OUT.partial/request.json      the claim: the request, its cut, and which run makes it. A run that goes on, or begins
-                                  anew, puts its own in the place of the one that it has read; before each object that
-                                  it puts, a task looks whether the claim is still its run's
+    OUT.partial/request.json      the claim: the request, its cut, and which run makes the output. A run that resumes
+                                  puts its own claim in the place of the one that it has read; before each object that
+                                  it puts, a task checks that the claim is still its run's
     OUT.partial/done-ID/N.json    what task N has put: keys, sizes, crc32 and tags; put by the task itself
-    OUT/...                       its objects at their final keys, where nothing was at OUT when it was begun
-    OUT.partial/output-ID/...     its objects, where something was
+    OUT/...                       the objects, at their final keys
 
-An object is put if there is none at its key. What is there and differs is replaced only by the run that has the claim,
-and only as it was seen: so a late task of an ended run replaces nothing that another one has put. Objects are proved by
-their tag where that is the MD5 of their bytes, else read back.
+An object is put on the condition that there is none at its key. An object that differs is replaced only by the run
+that has the claim, and only as that run saw it: a late task of an ended run never replaces what another run has put.
+The tag of an object proves its bytes where that is their MD5; otherwise the object is read back.
 
-At the end one listing tells that each object is there, under the tag that it was put with, and that nothing else is.
-The metadata of members follow, then, where OUT was empty, those of the root, if there are none still. Otherwise they go
-below `output-ID`, which is complete by that, and its replacement begins: the notice is put in the place of what was at
-OUT, and of its members' metadata; the store copies the objects; those of the old output that have no successor are
-deleted; the new metadata are put in the places of the notices, the root's last; what is below OUT.partial is deleted.
-Whoever comes upon the notice, and may go on or overwrite, does the rest first. All metadata bear the ID, so that those
-of one making are never taken for those of another.
+At the end one listing shows that each object is there, under the tag that it was put with, and that nothing else is.
+Then the metadata of the members are put, and those of the root last, on the condition that there are none.
 
-A run deletes what another has begun once OUT is its own by that one key, not before: until then the other may finish.
-Two runs of one request put the same bytes; the later claim ends the earlier run, which ends well where it finds the
-request finished. What remains possible: where `apply` gives other values each time, and two runs of one request
-overlap, windows of the one may lie beside the checksums of the other, which `verify` finds. Deletions and copies have
-no condition: a run that stands still between its last look and such a request, for as long as others take to finish
-what it does and to begin anew, harms what is theirs: it deletes objects of a finished output, or has the store copy
-older ones into their place, and `verify` finds both, readers the former; or it deletes the claim of a run, which ends
-then.
+Two runs of one request put the same bytes; the later claim ends the earlier run, which succeeds where it finds the
+request finished. Two risks remain. Where `apply` returns other values each time, and two runs of one request overlap,
+windows of one run may lie beside the checksums of the other: `verify` finds that. Deletions have no condition: a run
+that stands still between its last check and a deletion may delete what a later run has put, which then ends.
+
+Earlier versions could replace an output: they put a notice (`matrix.notice`) in the place of its metadata, and staged
+the new objects below OUT.partial. What they left unfinished is refused.
 """
 
 from __future__ import annotations
@@ -52,7 +41,7 @@ from pipeline.formatting import count_of, format_size
 from pipeline.integrity.record import METADATA, parse_record, seal_document
 from pipeline.matrix.arrays import open_root
 from pipeline.matrix.conventions import ATTRIBUTE
-from pipeline.matrix.notice import read_notice, say_notice
+from pipeline.matrix.notice import read_notice
 from pipeline.outputs.folder import say_kept
 from pipeline.outputs.ledger import Claim, Ledger
 from pipeline.outputs.shards import create_array
@@ -84,18 +73,6 @@ def _written(arrays: Iterable[str]) -> re.Pattern[str]:
     return re.compile(rf"({member})?c(/\d+)*|{member}zarr\.json")
 
 
-@dataclass(frozen=True, slots=True)
-class _Standing:
-    """What is at OUT."""
-
-    held: Held | None
-    """The object at its root's key."""
-    document: bytes | None
-    """Metadata of the root: its own, or, where there is a notice, of what is being put in its place."""
-    replacing: str
-    """Where there is a notice: what it names; else empty."""
-
-
 class ObjectStage:
     """An output that is being made; see `outputs.Stage`."""
 
@@ -103,7 +80,6 @@ class ObjectStage:
         from zarr.storage import MemoryStore
 
         self.upload, self.cut, self.done = upload, claim.cut, done
-        self.staged, self.beside = upload.root.startswith(upload.ledger.prefix), claim.beside
         self.tasks = 0
         """See `outputs.Stage.expect`; 0 before."""
         self.written = _written([*_ARRAYS, *claim.arrays])
@@ -185,8 +161,6 @@ class ObjectStage:
             known[key] = self.upload.put(key, content)
         tags = {key: known[key].tag for key in sorted(known) if known[key].tag}
         self.document = seal_document(sealed, known.values(), ours | {"made": self.upload.making, "tags": tags})
-        if self.staged:
-            self.upload.put(METADATA, self.document)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,130 +210,123 @@ class BucketOutput:
         """See `outputs.Output.check_apart`."""
         check_apart(self.location, inputs)
 
-    def check(self, *, nbytes: int, resume: bool = False, overwrite: bool) -> None:  # noqa: ARG002 (nobody knows how much fits)
-        """See `outputs.Output.check`."""
+    def check(self, *, nbytes: int, resume: bool = False, overwrite: bool) -> None:  # noqa: ARG002
+        """See `outputs.Output.check`; nobody knows how much fits, and nothing is replaced."""
         if self.location.scheme == MEMORY and not shares_memory(active_client()):
             raise InputError(
                 f"memory:// is seen by one process alone; {self.location} is to be written by worker processes; use "
                 f"threads (processes: false), or s3://"
             )
         hurried = replace(self, bucket=self.bucket.hurried())
-        standing, found = hurried.look(), hurried.ledger.read()
-        if standing.replacing and not overwrite:
+        document, found = hurried.read_metadata(), hurried.ledger.read()
+        if document is not None and (making := read_notice(document)):
             raise OutputExistsError(
-                f"an output is written once; {self.location} was being replaced by a finished one; ask for that with "
-                f"--resume to go on with it, or pass --overwrite"
+                f"{self.location} holds an unfinished replacement that an older version left; the new output is whole "
+                f"at {self.ledger.name}/output-{making}: copy it elsewhere or finish it with that version, else delete "
+                f"{self._prefixes}"
             )
-        if standing.held is not None and not overwrite:
-            what = "exists, of another request" if resume else "exists"
-            flags = "--resume --overwrite to go on with what is kept" if found is not None else "--overwrite"
-            raise OutputExistsError(f"an output is written once; {self.location} {what}; name another, or pass {flags}")
-        if found is not None and not (overwrite or resume):
+        if document is not None:
+            state = "already exists, of another request" if resume else "already exists"
+            doomed = "it" if found is None else f"it and {self.ledger.name}/"
+            raise OutputExistsError(f"{self.location} {state}; choose another URL, or delete {doomed} first")
+        if found is not None:
+            self._check_remains(found[0], resume=resume)
+        elif (stray := self.bucket.find(self.root)) is not None:
             raise OutputExistsError(
-                f"an output is written once; {self.ledger.name} holds an interrupted run's remains, or another run's "
-                f"work ({found[0].who}); pass --resume to go on with it, or --overwrite to start anew"
+                f"{self.location} is not empty: {self.bucket.url}/{stray} is there; choose another URL, or delete "
+                f"{self.location}/ first"
             )
-        if standing.held is not None and not standing.replacing and self._record(standing.document) is None:
+
+    def _check_remains(self, claim: Claim, *, resume: bool) -> None:
+        """Raise OutputExistsError unless a run may go on with what another one has begun."""
+        if claim.staged:
             raise OutputExistsError(
-                f"only an output of ours is replaced; {self.location} is none; name another, or remove it yourself"
+                f"{self.ledger.name} holds the remains of an interrupted replacement by an older version; choose "
+                f"another URL, or delete {self.ledger.name}/{f' and {self.location}/' if claim.beside else ''} first"
             )
-        if standing.held is None and found is None and (stray := self.bucket.find(self.root)) is not None:
+        if not resume:
             raise OutputExistsError(
-                f"an output goes where nothing is; {self.bucket.url}/{stray} is there; name another, or remove it "
-                f"yourself"
+                f"{self.ledger.name} holds an interrupted run's remains, or another run's work ({claim.who}); pass "
+                f"--resume to go on with it, choose another URL, or delete {self._prefixes} first"
             )
+
+    @property
+    def _prefixes(self) -> str:
+        """What to delete before an output can be written anew, for messages."""
+        return f"{self.location}/ and {self.ledger.name}/"
 
     def is_result(self, request: Request) -> bool:
         """See `outputs.Output.is_result`."""
-        record = self._record(replace(self, bucket=self.bucket.hurried()).look().document)
+        record = replace(self, bucket=self.bucket.hurried()).read_record()
         return record is not None and not request.differences(record.ours.get("request"))
 
     def is_finished(self, request: Request) -> bool:
         """See `outputs.Output.is_finished`; objects of which the tag tells that they are the same are not read."""
-        if not self.is_result(request):
-            return False
-        self._finish_replacing()
-        standing = self.look()
-        record = self._record(standing.document)
-        if record is None:
+        record = self.read_record()
+        if record is None or request.differences(record.ours.get("request")):
             return False
         listed = self.bucket.list_keys(self.root)
         files = [each._replace(tag=record.tags.get(each.key, "")) for each in record.files.values()]
         wrong = [each.key for each in _find_changed(self.bucket, self.root, files, listed)]
         if wrong or not record.whole:
-            raise IntegrityError(
-                f"a finished output stays as it was; in {self.location} {count_of(len(wrong), 'object')} changed"
-                f"{', the first ' + wrong[0] if wrong else ', but its metadata'}; make it again with --overwrite"
+            what = (
+                f"{count_of(len(wrong), 'object')} changed, the first {wrong[0]}" if wrong else "its metadata changed"
             )
-        self._sweep_remains()
+            raise IntegrityError(
+                f"{self.location} is not as it was written: {what}; choose another URL, or delete it first"
+            )
+        found = self.ledger.read()
+        if found is not None and record.ours.get("made") == found[0].making:
+            # Left by the run that made it, which was interrupted once the output was whole.
+            self.ledger.sweep(found[0].run)
         return True
 
     @contextmanager
     def stage(self, request: Request, *, cut: int, nbytes: int, resume: bool, overwrite: bool) -> Iterator[ObjectStage]:
         """See `outputs.Output.stage`."""
         self.check(nbytes=nbytes, resume=resume, overwrite=overwrite)
-        if self._finish_replacing():
-            self.check(nbytes=nbytes, resume=resume, overwrite=overwrite)
-        self._sweep_remains()
-        stage = self._begin(request, cut, resume=resume, overwrite=overwrite)
+        stage = self._begin(request, cut, resume=resume)
         run, begun, decided = stage.upload.run, False, False
         try:
             stage.check_kept()
             begun = True
             yield stage
             self.ledger.check(run)
-            if stage.staged:
-                self._announce(stage, overwrite=overwrite)
-                decided = True
-                self._finish_replacing()
-            else:
-                self._reveal(stage)
-                decided = True
+            self._reveal(stage)
+            decided = True
             self.ledger.sweep(run)
         except BaseException as error:
             # Who has been given no stage yet needs to be told that there will be none.
             if begun and isinstance(error, PipelineError) and self._did_another(stage, request, decided=decided):
                 return
-            if decided and self._holds(stage.document):
+            if decided:
                 error.add_note(f"{self.location} is complete all the same")
-            elif decided:
-                error.add_note(
-                    f"the new output is complete; go on with --resume to put it in the place of {self.location}"
-                )
             else:
                 self._leave(stage, error)
             raise
 
-    def _begin(self, request: Request, cut: int, *, resume: bool, overwrite: bool) -> ObjectStage:
-        """Put a claim, and go on with what an earlier run of the same request has finished, where that is wanted."""
-        found, standing = self.ledger.read(), self.look()
-        earlier, held = found or (None, None)
-        differs = [] if earlier is None else request.differences(earlier.facts)
-        if differs and resume and not overwrite:
-            raise OutputExistsError(
-                f"a run resumes one of the same request; that of {self.ledger.name} differs in {', '.join(differs)}; "
-                f"ask for the same, or start anew with --overwrite"
-            )
-        if earlier is not None and not differs and (earlier.staged or standing.held is None):
-            # Also by a run that begins anew: an earlier one that does not know yet that it has ended puts the same.
-            claim = earlier.again()
+    def _begin(self, request: Request, cut: int, *, resume: bool) -> ObjectStage:
+        """Put a claim, and go on with what an earlier run of the same request has finished."""
+        found = self.ledger.read()
+        if found is None:
+            held, claim = None, Claim(request.facts, cut, arrays=json.loads(request.facts.get("arrays", "[]")))
         else:
-            # Another request's objects at the final keys may become a finished output until OUT is ours by its key.
-            beside = earlier is not None and standing.held is None and (earlier.beside or not earlier.staged)
-            staged = found is not None or standing.held is not None
-            # Objects of the earlier run may lie at the final keys still.
-            arrays = {*json.loads(request.facts.get("arrays", "[]")), *([] if earlier is None else earlier.arrays)}
-            claim = Claim(request.facts, cut, staged=staged, beside=beside, arrays=sorted(arrays))
+            earlier, held = found
+            self._check_remains(earlier, resume=resume)
+            if differs := request.differences(earlier.facts):
+                raise OutputExistsError(
+                    f"{self.ledger.name} holds the remains of another request, which differs in {', '.join(differs)}; "
+                    f"ask for the same, choose another URL, or delete {self._prefixes} first"
+                )
+            claim = earlier.again()
         self.ledger.take(claim, held)
-        if not claim.staged and self.look() != standing:
+        if self.read_metadata() is not None:
             if found is None:
                 self.ledger.sweep(claim.run)
-                self._forget(claim.making)
-            raise OutputExistsError(f"an output is written once; {self.location} appeared meanwhile; name another")
-        root = self.ledger.staged(claim.making) if claim.staged else self.root
-        upload = Upload(self.ledger, claim.run, claim.making, root)
-        done = self.ledger.finished(claim.making) if resume and claim.making == getattr(earlier, "making", "") else {}
-        return ObjectStage(upload, claim, done)
+                self.ledger.forget(claim.making)
+            raise OutputExistsError(f"{self.location} appeared meanwhile; choose another URL, or delete it first")
+        upload = Upload(self.ledger, claim.run, claim.making, self.root)
+        return ObjectStage(upload, claim, self.ledger.finished(claim.making) if found is not None else {})
 
     def _reveal(self, stage: ObjectStage) -> None:
         """Put the root's metadata where nothing was: from now on the output is there."""
@@ -367,102 +334,8 @@ class BucketOutput:
             put_once(self.bucket, self.root + METADATA, stage.document, None)
         except TakenError as error:
             raise OutputExistsError(
-                f"an output is written once; {self.location} appeared meanwhile; name another"
+                f"{self.location} appeared meanwhile; choose another URL, or delete it first"
             ) from error
-
-    def _announce(self, stage: ObjectStage, *, overwrite: bool) -> None:
-        """Put the notice in the place of what stands at OUT, if that may be replaced still."""
-        standing = self.look()
-        # Once another has taken over, what stands there may be what it has made of the very objects of this run.
-        self.ledger.check(stage.upload.run)
-        if standing.held is not None and not overwrite:
-            raise OutputExistsError(
-                f"an output is written once; {self.location} appeared meanwhile; go on with --resume --overwrite"
-            )
-        if standing.replacing or (standing.held is not None and self._record(standing.document) is None):
-            raise OutputExistsError(
-                f"one run replaces an output at a time; another has begun to replace {self.location}; go on with "
-                f"--resume --overwrite"
-            )
-        if standing.held is None:
-            # The replacement deletes all that lies there.
-            keys = [key.removeprefix(self.root) for key in self.bucket.list_keys(self.root)]
-            if strays := [key for key in keys if not stage.written.fullmatch(key) and key != METADATA]:
-                raise OutputExistsError(
-                    f"an output goes where nothing is; {self.bucket.url}/{self.root}{strays[0]} is there; remove it "
-                    f"yourself, and go on with --resume"
-                )
-        try:
-            put_once(self.bucket, self.root + METADATA, say_notice(stage.upload.making), standing.held)
-        except TakenError as error:
-            raise OutputExistsError(
-                f"one run replaces an output at a time; {self.location} has just changed; go on with --resume "
-                f"--overwrite"
-            ) from error
-
-    def _finish_replacing(self) -> bool:
-        """Do what is left of a replacement that was announced; whether there was one.
-
-        Another run may do the same at the same time, and be faster at any point.
-        """
-        standing = self.look()
-        if not standing.replacing:
-            return False
-        try:
-            self._replace(standing)
-        except (OpenError, TakenError, IntegrityError) as error:
-            if self.look() != standing:
-                return True
-            if isinstance(error, TakenError):
-                raise OutputExistsError(
-                    f"one run replaces an output at a time; {self.location} changes under way; go on with --resume"
-                ) from error
-            raise
-        return True
-
-    def _replace(self, standing: _Standing) -> None:
-        """Put what was announced in its place; TakenError where something changes that should not."""
-        source, record = self.ledger.staged(standing.replacing), self._record(standing.document)
-        made = {key.removeprefix(source): held for key, held in self.bucket.list_keys(source).items()}
-        if record is None or standing.document is None or not {*record.files, METADATA} <= made.keys():
-            raise IntegrityError(
-                f"what replaces an output is complete; of {self.bucket.url}/{source}, which was to replace "
-                f"{self.location}, objects are gone; remove {self.location} yourself, and begin anew"
-            )
-        del made[METADATA]
-        members = [key for key in made if _is_document(key)]
-        fresh = {key: found[0] for key, found in self._get(source, members).items() if found is not None}
-        listed = self.bucket.list_keys(self.root)
-        old = [key for key in (key.removeprefix(self.root) for key in listed) if _is_document(key) and key != METADATA]
-        hidden, found_members = {}, self._get(self.root, old)
-        # Those of the new output, where another has put them meanwhile, stay.
-        if self.look() != standing:
-            return
-        for key, found in found_members.items():
-            # Nobody shall read, by the metadata of a member, objects of both outputs.
-            if found is not None and found[0] not in (fresh.get(key), say_notice(standing.replacing)):
-                hidden[key] = put_once(self.bucket, self.root + key, say_notice(standing.replacing), found[1])
-            elif found is not None:
-                hidden[key] = found[1]
-        self.bucket.copy((source + key, self.root + key) for key in made if key not in members)
-        listed = self.bucket.list_keys(self.root)
-        files = [each._replace(tag=made[key].tag) for key, each in record.files.items() if key not in members]
-        for each in _find_changed(self.bucket, self.root, files, listed):
-            raise IntegrityError(
-                f"an object is copied as it is; {self.bucket.url}/{self.root}{each.key} is not: check the store, and "
-                f"go on with --resume"
-            )
-        if self.look() != standing:
-            return
-        doomed = [key for key in listed if key.removeprefix(self.root) not in {*made, METADATA}]
-        if doomed:
-            self.bucket.delete(doomed)
-        for key, content in fresh.items():
-            put_once(self.bucket, self.root + key, content, hidden.get(key))
-        put_once(self.bucket, self.root + METADATA, standing.document, standing.held)
-
-    def _get(self, prefix: str, keys: list[str]) -> dict[str, tuple[bytes, Held] | None]:
-        return dict(zip(keys, self.bucket.get([prefix + key for key in keys]), strict=True))
 
     def _leave(self, stage: ObjectStage, error: BaseException) -> None:
         """Note on a failure what is kept of a run; without anything, delete what it has begun."""
@@ -472,69 +345,37 @@ class BucketOutput:
             # Tasks of which word has not come yet are kept, too.
             kept = max(kept, ledger.count(upload.making))
             if not kept and ledger.holds(upload.run):
-                if not stage.staged:
-                    keys = self.bucket.list_keys(self.root)
-                    doomed = [key for key in keys if stage.written.fullmatch(key.removeprefix(self.root))]
-                    if doomed:
-                        self.bucket.delete(doomed)
-                # As long as another request's objects lie at the final keys, the claim says that they are ours; and
-                # as long as tasks may put more there.
-                ledger.sweep(upload.run, claim=not stage.beside and not stage.may_linger)
+                keys = self.bucket.list_keys(self.root)
+                doomed = [key for key in keys if stage.written.fullmatch(key.removeprefix(self.root))]
+                if doomed:
+                    self.bucket.delete(doomed)
+                # As long as tasks may put more there, the claim says that it is ours.
+                ledger.sweep(upload.run, claim=not stage.may_linger)
                 if stage.may_linger:
                     error.add_note("tasks that ended late may have left something; begin anew with --resume")
-            self._forget(stage.upload.making)
+            ledger.forget(upload.making)
         if kept:
-            flags = "--resume --overwrite" if stage.staged else "--resume"
-            error.add_note(say_kept(kept, stage.tasks, flags))
-
-    def _sweep_remains(self) -> None:
-        """Delete what the run that made the finished output has left below the ledger; another's is its own."""
-        found, standing = self.ledger.read(), self.look()
-        record = self._record(standing.document)
-        if found is None or record is None or standing.replacing:
-            return
-        if record.ours.get("made") == found[0].making:
-            self.ledger.sweep(found[0].run)
-
-    def _forget(self, making: str) -> None:
-        """Delete what a run and its late tasks have put, once no run goes on with what it has begun."""
-        if self.look().replacing != making:
-            self.ledger.forget(making)
-
-    def _holds(self, document: bytes) -> bool:
-        with suppress(OpenError):
-            standing = self.look()
-            return standing.document == document and not standing.replacing
-        return False
+            error.add_note(say_kept(kept, stage.tasks, "--resume"))
 
     def _did_another(self, stage: ObjectStage, request: Request, *, decided: bool) -> bool:
         """Whether a run of the same request that took over, or our own in spite of all, has finished the output."""
         with suppress(PipelineError):
             if (decided or not self.ledger.holds(stage.upload.run)) and self.is_finished(request):
-                self._forget(stage.upload.making)
+                self.ledger.forget(stage.upload.making)
                 return True
         return False
 
-    def look(self) -> _Standing:
-        """Look at what stands at OUT."""
+    def read_metadata(self) -> bytes | None:
+        """Read the metadata of the root at OUT; None where nothing is there."""
         [found] = self.bucket.get([self.root + METADATA])
-        if found is None:
-            return _Standing(None, None, "")
-        document, held = found
-        replacing = read_notice(document)
-        if not replacing:
-            return _Standing(held, document, "")
-        [made] = self.bucket.get([self.ledger.staged(replacing) + METADATA])
-        return _Standing(held, made[0] if made else None, replacing)
+        return None if found is None else found[0]
 
-    def _record(self, document: bytes | None) -> Record | None:
+    def read_record(self) -> Record | None:
+        """Read the record of the output at OUT; None where there is none that this program wrote."""
+        document = self.read_metadata()
         with suppress(OpenError):
             return None if document is None else parse_record(document, f"{self.location}/{METADATA}")
         return None
-
-
-def _is_document(key: str) -> bool:
-    return key.rsplit("/", 1)[-1] == METADATA
 
 
 def _find_changed(bucket: Bucket, root: str, files: list[FileRecord], listed: dict[str, Held]) -> list[FileRecord]:

@@ -37,14 +37,14 @@ class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of its request."""
     cut: Positive
     """Units of a task; those of the earlier run, where it goes on with what that has finished."""
-    staged: bool
-    """Its objects lie below the ledger; otherwise at their final keys."""
+    staged: bool = False
+    """Of an older version, which replaced outputs: its objects lie below the ledger, not at their final keys."""
     making: Making = msgspec.field(default_factory=lambda: uuid.uuid4().hex[:8])
     """Name of what is made; runs that go on with it keep it."""
     beside: bool = False
-    """Objects of a run of another request lie at the final keys, unfinished."""
+    """Of an older version: objects of another request lie at the final keys, unfinished."""
     arrays: list[Key] = []
-    """Names of arrays of its own that it, or what lies beside, has at the final keys."""
+    """Names of arrays that the request has of its own."""
     run: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
     holder: dict[str, str | int] = {}
     """Who it is, for the message of another."""
@@ -93,14 +93,14 @@ class Ledger:
         return f"{self.bucket.url}/{self.prefix}".rstrip("/")
 
     def read(self) -> tuple[Claim, Held] | None:
-        """Whose the output is, and the object that says so; OutputExistsError where it is none of ours."""
+        """Read the claim, and which object it is; OutputExistsError where this program did not write it."""
         [found] = self.bucket.get([self._claim])
         if found is None:
             return None
         claim = Claim.parse(found[0])
         if claim is None:
             raise OutputExistsError(
-                f"only our own remains are removed; {self.bucket.url}/{self._claim} is none; name another, or move it"
+                f"{self.bucket.url}/{self._claim} is no claim of this program; choose another URL, or move it elsewhere"
             )
         return claim, found[1]
 
@@ -169,13 +169,9 @@ class Ledger:
         found = self.read()
         if found is None or found[0].making != making:
             listed = self.bucket.list_keys(self.prefix)
-            parts = (self._done(making), self.staged(making), f"{self.prefix}probe-{making}")
+            parts = (self._done(making), f"{self.prefix}probe-{making}")
             if doomed := [key for key in listed if key.startswith(parts)]:
                 self.bucket.delete(doomed)
-
-    def staged(self, making: str) -> str:
-        """Prefix of what lies below the ledger while it is made."""
-        return f"{self.prefix}output-{making}/"
 
     def sweep(self, run: str, *, claim: bool = True) -> None:
         """Delete what is ours below the ledger, all or but for the claim, where a run still makes the output.

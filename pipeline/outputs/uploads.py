@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.storage.buckets import Content
 
 MOST_NBYTES = 5 * 2**30
-"""What S3 takes as one object in one go, or copies; others take as much at least."""
+"""What S3 takes as one object in one go; others take as much at least."""
 _TRIES = 5
 """Times that others may put another object between our look and our own put."""
 

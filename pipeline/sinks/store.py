@@ -102,7 +102,7 @@ def store(
     resume
         Whether to go on where an interrupted run of the same request ended; nothing is done where it is finished.
     overwrite
-        Whether a Zarr that this package wrote may be replaced.
+        Whether a local Zarr that this package wrote may be replaced. On an object store an output is written once.
     storage_options
         Of a URL, for the library that writes there (obstore): region, endpoint, credentials. They go to the workers.
         What is not given, each worker takes from its environment.

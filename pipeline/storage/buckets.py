@@ -94,9 +94,6 @@ class Bucket(Protocol):
     def put_if(self, key: str, content: Content, held: Held | None) -> Held:
         """Put an object where `held` is: None, nothing. TakenError where something else is."""
 
-    def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Have the store copy objects, from one key to another each, some at once."""
-
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; one that is absent is none the worse."""
 
@@ -259,12 +256,6 @@ class UrlBucket:
                 time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
         raise AssertionError
 
-    def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """See `Bucket.copy`."""
-        import obstore
-
-        self._call(_some_at_once(obstore.copy_async(self.store.store, *pair) for pair in pairs))
-
     def delete(self, keys: Iterable[str]) -> None:
         """See `Bucket.delete`."""
         import obstore
@@ -402,15 +393,6 @@ class MemoryBucket:
             if held != (None if found is None else _describe(found)):
                 raise TakenError(key)
             return self._put(key, content)
-
-    def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """See `Bucket.copy`."""
-        for source, destination in pairs:
-            with _memory:
-                found = self._get(source)
-                if found is None:
-                    raise NotFoundError(f"what is copied is there; {self.url}/{source} is not; begin anew")
-                self._put(destination, found)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `Bucket.delete`."""
