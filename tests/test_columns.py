@@ -588,7 +588,7 @@ def test_coordinates_go_to_a_bucket_and_come_from_one(bucket, tmp_path):
     values = write_dataset(tmp_path / "S.zarr", 3)
     planned = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "S.zarr" / "A"), [50, 3], length=5, columns=[4, 0])
     url = f"{bucket.url}/w.zarr"
-    for settings_ in ({}, {"resume": True}, {"overwrite": True}):
+    for settings_ in ({}, {"resume": True}):
         result = pipeline.store(planned, url, **settings_)
         assert set(result.array_keys()) == {"windows", "starts", "time", "channel"}
         assert result["time"][1].tolist() == [9, 12, 15, 18, 21]
@@ -599,8 +599,8 @@ def test_coordinates_go_to_a_bucket_and_come_from_one(bucket, tmp_path):
     assert again["channel"][:].tolist() == [50, 10]
     np.testing.assert_array_equal(again["windows"][0, 0], stack(values[:, [4, 0]], [3], 5)[0])
     whole = pipeline.plan_windows(pipeline.open_matrix(tmp_path / "S.zarr" / "A"), [50, 3], length=5)
-    overwritten = pipeline.store(whole, url, overwrite=True)
-    assert overwritten["channel"][:].tolist() == [10, 20, 30, 40, 50, 60]
+    stored = pipeline.store(whole, f"{bucket.url}/whole.zarr")
+    assert stored["channel"][:].tolist() == [10, 20, 30, 40, 50, 60]
 
 
 def test_columns_of_several_matrices_are_those_of_each(cli, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline.matrix.notice import read_notice, say_notice
+from pipeline.matrix.notice import read_notice
 from pipeline.outputs.ledger import Claim, Ledger
 from pipeline.storage import buckets, stores
 from pipeline.storage.buckets import open_bucket
@@ -81,7 +81,7 @@ CLAIMS = {
 def test_a_claim_that_nobody_wrote_so_is_none(base, bucket, plan, name, flags):
     bucket.put("out.zarr.partial/request.json", CLAIMS[name].encode("latin-1"))
     before = objects(bucket)
-    with pytest.raises(pipeline.OutputExistsError, match=r"request\.json is none") as caught:
+    with pytest.raises(pipeline.OutputExistsError, match=r"request\.json is no claim of this program") as caught:
         pipeline.store(plan, f"{base}/out.zarr", **flags)
     assert str(caught.value).isprintable()
     assert objects(bucket) == before
@@ -132,7 +132,8 @@ def test_marks_of_other_names_are_none(bucket, name):
     "making", ["../../x", "", "0123abcd\n", "\x1b[2Jabcd", "0123ABCD", "0123abcd/..", None, 5, ["0"]]
 )
 def test_a_notice_names_what_we_made_alone(base, bucket, plan, making):
-    document = say_notice(making)
+    attributes = {"random-windows": {"replaced by": making}}
+    document = json.dumps({"zarr_format": 3, "node_type": "replacement", "attributes": attributes}).encode()
     assert read_notice(document) == ""
     bucket.put("out.zarr/zarr.json", document)
     before = objects(bucket)
@@ -143,7 +144,15 @@ def test_a_notice_names_what_we_made_alone(base, bucket, plan, making):
 
 
 @pytest.mark.parametrize(
-    "text", [DEEP, f'{{"attributes": {DEEP}}}', "[]", '{"attributes": {"random-windows": 1}}', "\x00"]
+    "text",
+    [
+        DEEP,
+        f'{{"attributes": {DEEP}}}',
+        "[]",
+        '{"node_type": "replacement", "attributes": {"random-windows": 1}}',
+        f'{{"node_type": "group", "attributes": {{"random-windows": {{"replaced by": "{MAKING}"}}}}}}',
+        "\x00",
+    ],
 )
 def test_what_is_no_notice(text):
     assert read_notice(text.encode()) == ""

@@ -363,9 +363,9 @@ def plan_creation(
         seed=seed,
         outside_files=outside_files,
     )
+    output.check_apart([*_inputs(source), *referred_files(opened)])
     if not resume:
         output.check(nbytes=0, overwrite=overwrite)
-    output.check_apart([*_inputs(source), *referred_files(opened)])
     row_nbytes = math.prod(opened.shape[1:]) * opened.dtype.itemsize
     cut = cut_rows(
         opened.shape[0], row_nbytes, length=length, compress=compress, chunk_rows=chunk_rows, shard_rows=shard_rows

@@ -360,10 +360,10 @@ def prepare_storing(
     if isinstance(plan, GroupPlan):
         check_names(plans)
     applies: dict[str, Any] = by_member(apply, plans, "apply") if isinstance(plan, GroupPlan) else {ALONE: apply}
+    output.check_apart(plan.matrix.inputs())
     if not resume:
         # Before `apply` is probed, and files are looked for.
         output.check(nbytes=0, overwrite=overwrite)
-    output.check_apart(plan.matrix.inputs())
     alone = not isinstance(plan, GroupPlan)
     members = tuple(Member.prepare(name, each, applies[name], alone=alone) for name, each in plans.items())
     storing = Storing(plan, members, output, order, resume, overwrite)

@@ -8,7 +8,7 @@ is there: its files stand for results of users, and `tests/test_formats_on_disk.
     matrices/   what `create` and `verify --write-manifest` write
     results/    finished results
     partial/    `OUT.partial` of runs that were killed, with their journals
-    objects/    keys and bytes below one URL: a finished result, one that a killed run left, one that was being replaced
+    objects/    keys and bytes below one URL: a finished result, one that a killed run left; in v1 one that was being replaced, too
     batches/    state of a pass over batches, and the starts of the windows that follow
 
 Only public functions are called. What names this machine or this moment is replaced by neutral values.
@@ -221,7 +221,7 @@ class KilledError(BaseException):
 @contextmanager
 def _dying(is_last: Any) -> Iterator[None]:
     """Let no object change any more once `is_last(key, what was put before)` is true of one that is to be put."""
-    real, seen = ManagedMemoryStore.set, {"dead": False, "marks": 0, "notice": False}
+    real, seen = ManagedMemoryStore.set, {"dead": False, "marks": 0}
 
     async def change(self: Any, key: str, value: Any) -> None:
         seen["dead"] = seen["dead"] or is_last(key, seen)
@@ -229,7 +229,6 @@ def _dying(is_last: Any) -> Iterator[None]:
             raise KilledError
         await real(self, key, value)
         seen["marks"] += "/done-" in key
-        seen["notice"] |= b'"replacement"' in value.to_bytes()
 
     async def refuse(*_: object) -> None:
         raise KilledError
@@ -255,9 +254,6 @@ def _make_objects(folder: Path) -> None:
     put_objects(host, {})
     _store_windows(out, order="chunk")
     write_tree(folder / "finished", objects(host))
-    with _dying(lambda key, seen: seen["notice"] and "/c/" in key):
-        _store_windows(out, overwrite=True)
-    write_tree(folder / "replaced", objects(host))
     put_objects(host, {})
 
 
