@@ -591,7 +591,7 @@ class TestVerify:
         assert (outcome.code, "1.0.0" in outcome.err + outcome.out) == (4, True)
 
     def test_nothing(self, bucket):
-        with pytest.raises(pipeline.NotFoundError, match="nothing is at"):
+        with pytest.raises(pipeline.NotFoundError, match="absent.zarr does not exist"):
             pipeline.verify(f"{bucket.url}/absent.zarr")
 
     def test_troubles(self, url, bucket):

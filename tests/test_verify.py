@@ -399,7 +399,7 @@ def test_subset(copy):
     (target / "c/5/0/0").unlink()
     assert any("c/5/0/0 is gone" in problem for problem in say(target, subset=1e-9))
     for wrong in (0, 1.1, -1, float("nan")):
-        with pytest.raises(pipeline.InputError, match="a subset"):
+        with pytest.raises(pipeline.InputError, match="subset .* is not a number above 0"):
             pipeline.verify(target, subset=wrong)
 
 
@@ -453,7 +453,7 @@ def test_a_manifest_is_written_once_and_apart(copy, tmp_path):
     for path in ("taken.json", "foreign.zarr/m.json", "foreign.zarr"):
         with pytest.raises(pipeline.OutputExistsError):
             pipeline.write_manifest(target, tmp_path / path)
-    with pytest.raises(pipeline.OpenError, match="is not; make it first"):
+    with pytest.raises(pipeline.OpenError, match="does not exist; create it first"):
         pipeline.write_manifest(target, tmp_path / "no/m.json")
     assert (tmp_path / "taken.json").read_text() == "kept"
     assert not (target / "m.json").exists()
@@ -477,7 +477,7 @@ def test_links_are_followed_but_not_in_circles(copy, tmp_path):
 def test_what_cannot_be_verified(tmp_path):
     with pytest.raises(pipeline.NotFoundError):
         say(tmp_path / "none.zarr")
-    with pytest.raises(pipeline.OpenError, match="is a plain folder"):
+    with pytest.raises(pipeline.OpenError, match="is a folder without Zarr metadata"):
         say(tmp_path)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(pipeline.OpenError, match="neither"):
@@ -486,7 +486,7 @@ def test_what_cannot_be_verified(tmp_path):
     os.mkfifo(tmp_path / "A.zarr/zarr.json")
     with pytest.raises(pipeline.OpenError, match="metadata are a file"):
         say(tmp_path / "A.zarr")
-    with pytest.raises(pipeline.OpenError, match="metadata can be read"):
+    with pytest.raises(pipeline.OpenError, match="the metadata .*zarr.json is no file"):
         pipeline.write_manifest(tmp_path / "A.zarr", tmp_path / "m.json")
 
 

@@ -1,9 +1,8 @@
-"""A manifest: size and crc32 of every file of a matrix that has no checksums, kept in a file of its own."""
+"""Manifest: sizes and crc32 checksums of the files of a matrix that stores none, in a JSON file."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import uuid
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 import msgspec
 
 from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
+from pipeline.integrity.record import digest_document
 from pipeline.redaction import plain_words
 from pipeline.storage.filesystem import flush, link_file
 from pipeline.storage.trust import Natural, Positive, decode, is_key, read_document
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 RANGE_NBYTES = 64 * 2**20
-"""Each range of a file has a checksum of its own, so that a large one is read by many tasks."""
+"""Each range of a file has its own checksum, so that many tasks can read a large file."""
 
 
 class Checksums(NamedTuple):
-    """What a file holds."""
+    """Size and checksums of a file."""
 
     nbytes: int
     crc32: tuple[int, ...]
@@ -33,7 +33,7 @@ class Checksums(NamedTuple):
 
 
 class _Document(msgspec.Struct):
-    """What a manifest says beside its version and digest."""
+    """The manifest without its version and digest."""
 
     target: str
     range_nbytes: Positive
@@ -42,12 +42,12 @@ class _Document(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What all files of a target hold."""
+    """Sizes and checksums of all files of a target."""
 
     target: str
-    """The name by which it was called; it may be moved."""
+    """Name of the target when the manifest was written; the target may have moved since."""
     files: dict[str, Checksums]
-    """By their paths below the target; a target that is a file has one, by its name."""
+    """By path below the target; by its name where the target is one file."""
     range_nbytes: int = RANGE_NBYTES
 
     @classmethod
@@ -57,33 +57,33 @@ class Manifest:
         Raises
         ------
         NotFoundError, OpenError
-            If it is absent, or no manifest.
+            If the file does not exist, or is not a manifest.
         IntegrityError
-            If it is not what was written.
+            If the content does not match its digest.
         """
         try:
             content = read_document(path, follow=True)
             document = decode(content, dict[str, Any])
             version, digest = document.pop("version"), document.pop("digest", None)
         except FileNotFoundError as error:
-            raise NotFoundError(f"a manifest is there; nothing is at {path}; check the path") from error
+            raise NotFoundError(f"{path} does not exist; check the path of the manifest") from error
         except OSError as error:
-            raise OpenError(f"a manifest can be read; {path}: {error.strerror}; check it") from error
+            raise OpenError(f"the manifest {path} cannot be read: {error.strerror}; check it") from error
         except (ValueError, KeyError) as error:
-            raise OpenError(f"a manifest is what --write-manifest wrote; {path} is not; name another") from error
-        if digest != _digest({"version": version, **document}):
-            raise IntegrityError(f"a manifest is as it was written; {path} does not match its digest; restore it")
+            raise OpenError(f"{path} is not a manifest; name a file that --write-manifest wrote") from error
+        if digest != digest_document({"version": version, **document}):
+            raise IntegrityError(f"the manifest {path} does not match its digest; restore it")
         if version != _VERSION:
-            raise OpenError(f"a manifest has version {_VERSION}; {path} has {version!r}; write it anew")
+            raise OpenError(f"the manifest {path} has version {version!r} instead of {_VERSION}; write it again")
         try:
             known = msgspec.convert(document, _Document)
         except ValueError as error:
-            raise OpenError(f"a manifest names sizes and checksums; {path} does not; write it anew") from error
+            raise OpenError(f"the manifest {path} lacks sizes or checksums; write it again") from error
         if wrong := [key for key in known.files if not is_key(key)]:
-            raise OpenError(f"{path} names a file outside its target: {plain_words(wrong[0])[:80]}; write it anew")
+            raise OpenError(f"{path} names a file outside its target: {plain_words(wrong[0])[:80]}; write it again")
         step = known.range_nbytes
         if any(len(crc32) != -(-nbytes // step) for nbytes, crc32 in known.files.values()):
-            raise OpenError(f"a manifest has a checksum for each range; {path} has not; write it anew")
+            raise OpenError(f"the manifest {path} lacks the checksum of a range; write it again")
         files = {
             key: Checksums(nbytes, tuple(int(each, 16) for each in crc32))
             for key, (nbytes, crc32) in known.files.items()
@@ -91,12 +91,12 @@ class Manifest:
         return cls(known.target, files, step)
 
     def write(self, path: Path) -> None:
-        """Write it beside its name, flushed, then in place; OutputExistsError where something is there already."""
+        """Write a temporary file, flush it, and link it to `path`; OutputExistsError where `path` exists."""
         document = asdict(self) | {"version": _VERSION}
         document["files"] = {
             key: [each.nbytes, [f"{crc32:08x}" for crc32 in each.crc32]] for key, each in self.files.items()
         }
-        document["digest"] = _digest(document)
+        document["digest"] = digest_document(document)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with partial.open("x") as file:
@@ -106,14 +106,9 @@ class Manifest:
             # A rename would replace a file that has appeared meanwhile; a link does not.
             link_file(partial, path)
         except FileExistsError as error:
-            raise OutputExistsError(f"a manifest is written once; {path} appeared meanwhile; name another") from error
+            raise OutputExistsError(f"{path} appeared during the run; choose another name") from error
         except OSError as error:
-            raise OpenError(f"a manifest can be written; {path}: {error.strerror}; name another") from error
+            raise OpenError(f"the manifest {path} cannot be written: {error.strerror}; choose another name") from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
-
-
-def _digest(document: dict[str, Any]) -> str:
-    """Digest of all but itself, whatever its spaces and the order of its keys."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What an output holds: each file's size and checksum, in the output's own attributes, so that any change shows."""
+"""Record: size and checksum of each file of an output, stored in the attributes of the output's root."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ _STEP_NBYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a finished output says of itself."""
+    """Record of a finished output."""
 
     ours: dict[str, Any]
-    """Our attributes: `kind`, the facts of its `request`, and what else was given to `seal_folder`."""
+    """Attributes of this package: `kind`, the facts of the `request`, and the others given to `seal_folder`."""
     files: dict[str, FileRecord]
     """Every file but the metadata of the root, by key."""
     whole: bool
-    """The metadata of the root are those that were sealed."""
+    """Whether the metadata of the root match the digest of the record."""
     tags: dict[str, str]
-    """What an object store calls the files, by key."""
+    """Entity tags of the files on an object store, by key."""
 
 
 class _Ours(msgspec.Struct):
-    """What is used of our attributes."""
+    """The attributes that are checked on reading."""
 
     files: dict[str, tuple[Natural, Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{1,8}\Z")]]]
     tags: dict[str, str] = {}
 
 
 def record_file(root: Path, key: str, *, extend: Callable[[int, Any], int] = extend_crc32) -> FileRecord:
-    """Read a file below `root`, and tell what it holds now, by another checksum if wanted; OSError as it comes."""
+    """Read a file below `root`, and return its size and checksum (`extend`); raises OSError."""
     checksum = nbytes = 0
     buffer = np.empty(_STEP_NBYTES, np.uint8)
     with open_regular(root / key, buffering=0) as file:
@@ -83,14 +83,14 @@ def seal_folder(root: Path, files: Iterable[FileRecord], ours: dict[str, Any]) -
         if key.rsplit("/")[-1] == METADATA:
             known[key] = record_file(root, key)
         elif key not in known:
-            raise IntegrityError(f"an output holds what was written; {root / key} was not; remove it, and go on")
+            raise IntegrityError(f"{root / key} was not written by this run; remove it, then continue with --resume")
         elif known[key].nbytes != nbytes:
             raise IntegrityError(
-                f"an output holds what was written; {root / key} has {nbytes} bytes, {known[key].nbytes} were written"
+                f"{root / key} has {nbytes} bytes, but {known[key].nbytes} were written; continue with --resume"
             )
     absent = [key for key in known if not (root / key).is_file()]
     if absent:
-        raise IntegrityError(f"an output holds what was written; {root / absent[0]} is gone; go on with --resume")
+        raise IntegrityError(f"{root / absent[0]} is gone; continue with --resume")
     sealed = seal_document((root / METADATA).read_bytes(), known.values(), ours)
     partial = root / f"{METADATA}.partial"
     with partial.open("wb") as file:
@@ -106,7 +106,7 @@ def seal_document(document: bytes, files: Iterable[FileRecord], ours: dict[str, 
     listed = {each.key: [each.nbytes, f"{each.crc32:08x}"] for each in sorted(files)}
     added = ours | {"files": listed}
     sealed.setdefault("attributes", {})[ATTRIBUTE] = added
-    added["digest"] = _digest(sealed)
+    added["digest"] = digest_document(sealed)
     return json.dumps(sealed, indent=1).encode()
 
 
@@ -115,7 +115,7 @@ def read_record(root: Path) -> Record | None:
     try:
         document = read_document(root / METADATA, follow=True)
     except OSError as error:
-        raise OpenError(f"an output has metadata; {root / METADATA}: {error.strerror}; restore it") from error
+        raise OpenError(f"the metadata {root / METADATA} cannot be read: {error.strerror}; restore it") from error
     return parse_record(document, str(root / METADATA))
 
 
@@ -137,18 +137,18 @@ def parse_record(document: bytes, name: str) -> Record | None:
         ours = parsed.get("attributes", {}).get(ATTRIBUTE)
     except (ValueError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise OpenError(f"an output has metadata; {name}: {reason}; restore it") from error
+        raise OpenError(f"the metadata {name} cannot be parsed: {reason}; restore it") from error
     if not isinstance(ours, dict) or not isinstance(ours.get("files"), dict):
         return None
     try:
         checked = msgspec.convert(ours, _Ours)
         files = {key: FileRecord(key, nbytes, int(crc, 16)) for key, (nbytes, crc) in checked.files.items()}
     except ValueError as error:
-        raise OpenError(f"a record names sizes and checksums; that in {name} does not; restore it") from error
+        raise OpenError(f"the record in {name} lacks sizes or checksums; restore it") from error
     if wrong := [key for key in files if not is_key(key)]:
         raise OpenError(f"{name} names a file outside its output: {plain_words(wrong[0])[:80]}; restore it")
     digest = ours.pop("digest", None)
-    return Record(ours, files, digest == _digest(parsed), checked.tags)
+    return Record(ours, files, digest == digest_document(parsed), checked.tags)
 
 
 def list_files(root: Path) -> Iterator[tuple[str, int]]:
@@ -159,6 +159,6 @@ def list_files(root: Path) -> Iterator[tuple[str, int]]:
             yield (name if base == "." else f"{base}/{name}"), Path(folder, name).lstat().st_size
 
 
-def _digest(document: dict[str, Any]) -> str:
-    """Digest of a metadata document, whatever its spaces and the order of its keys."""
+def digest_document(document: dict[str, Any]) -> str:
+    """SHA-256 of a JSON document, independent of its spaces and the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A manifest of what a target holds, written while all is right."""
+"""`write_manifest`: read every file of a target, and write its size and checksums to a manifest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A manifest to be written. Made by `prepare_recording`."""
+    """A checked call of `write_manifest` that may begin. Made by `prepare_recording`."""
 
     target: str
     storage: Storage
@@ -42,11 +42,11 @@ class Recording:
 
     @property
     def ranges(self) -> tuple[Range, ...]:
-        """To be read: all."""
+        """Ranges to read: those of all files."""
         return tuple(itertools.chain.from_iterable(cut_file(key, nbytes) for key, nbytes in self.sizes.items()))
 
     def run(self, watch: Watch) -> Manifest:
-        """Read every file, telling `watch` of every task that is done, and write the manifest."""
+        """Read every file, report each finished task to `watch`, and write the manifest."""
         found: dict[tuple[str, int], int] = {}
         for part in read_ranges(sum_ranges, (self.storage,), self.ranges, watch):
             found |= part
@@ -61,7 +61,7 @@ class Recording:
         return manifest
 
     def report(self, watch: Watch) -> tuple[dict[str, str], dict[str, Any]]:
-        """Say what was recorded, in words and as plain data."""
+        """Return what was recorded, as text for people and as plain data."""
         nbytes = sum(self.sizes.values())
         facts = {
             "target": self.target,
@@ -127,9 +127,9 @@ def prepare_recording(
     target, storage = locate_files(path, storage_options)
     manifest = Path(check_path("manifest", manifest))
     if os.path.lexists(manifest):
-        raise OutputExistsError(f"a manifest is written once; {manifest} exists; name another, or remove it yourself")
+        raise OutputExistsError(f"{manifest} already exists; choose another name, or remove it first")
     if not manifest.absolute().parent.is_dir():
-        raise OpenError(f"a manifest goes into a folder that is there; {manifest.parent} is not; make it first")
+        raise OpenError(f"the folder {manifest.parent} does not exist; create it first")
     if isinstance(storage, Folder):
         check_apart(manifest, [Path(storage.root, storage.only or "")])
     listed = storage.list_files()
@@ -152,9 +152,7 @@ def _sum(storage: Storage, wanted: Range) -> int:
     try:
         with storage.open(wanted.key, wanted.offset) as opened:
             if opened.nbytes != wanted.file_nbytes:
-                raise IntegrityError("changed meanwhile")  # noqa: TRY301
+                raise IntegrityError("changed during the run")  # noqa: TRY301
             return checksum(opened, wanted.offset, wanted.nbytes, extend_crc32)
     except IntegrityError as error:
-        raise IntegrityError(
-            f"a manifest records files that can be read; {wanted.key} {error}; mend it first"
-        ) from error
+        raise IntegrityError(f"{wanted.key} {error}; restore it before writing a manifest") from error

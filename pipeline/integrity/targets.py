@@ -1,4 +1,4 @@
-"""What is verified or recorded: its name, where its files lie, which of them are metadata."""
+"""Target of `verify` and `write_manifest`: its name, where its files lie, which of them are metadata."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def locate_files(
         return str(location), Objects(open_store(location, read_only=True), "")
     plain = split_name(str(location))[0]
     if not os.path.lexists(plain):
-        raise NotFoundError(f"what is verified is there; nothing is at {path}; check the path")
+        raise NotFoundError(f"{path} does not exist; check the path")
     if plain.is_dir():
         return str(path), Folder(str(plain.absolute()))
     if not plain.is_file():
-        raise OpenError(f"what is verified is a folder or a file; {path} is neither; name another")
+        raise OpenError(f"{path} is neither a folder nor a regular file; choose another path")
     return str(path), Folder(str(plain.absolute().parent), plain.name)
 
 
@@ -61,14 +61,14 @@ def open_target(storage: Storage, listed: Iterable[str]) -> zarr.Array[Any] | za
     assert isinstance(storage, Folder)
     documents = [key for key in listed if is_document(key)]
     if DOCUMENTS.isdisjoint(documents):
-        raise OpenError(f"what is verified is a file, a Zarr array or a group; {storage.root} is a plain folder")
+        raise OpenError(f"{storage.root} is a folder without Zarr metadata; give a Zarr array, a Zarr group or a file")
     for key in documents:
         try:
             # Zarr itself would wait for a FIFO's writer.
             with storage.open(key):
                 pass
         except IntegrityError as error:
-            raise OpenError(f"metadata can be read; {storage.root}/{key} {error}; restore it") from error
+            raise OpenError(f"the metadata {storage.root}/{key} {error}; restore it") from error
     return open_node(Path(storage.root))
 
 

@@ -188,7 +188,7 @@ def prepare_verification(
 ) -> Verification:
     """Decide what is compared with what, look at names and metadata, and draw what is read."""
     if isinstance(subset, bool) or not isinstance(subset, int | float | np.number) or not 0 < subset <= 1:
-        raise InputError(f"a subset is a part of all, more than 0 and at most 1; got {show(subset)}; give such as 0.1")
+        raise InputError(f"subset {show(subset)} is not a number above 0 and at most 1; give one such as 0.1")
     seed = check_whole("seed", seed, least=0)
     if manifest is not None:
         check_path("manifest", manifest)
@@ -206,7 +206,7 @@ def prepare_verification(
         wanted = {key: _recorded(key, each, recorded.range_nbytes) for key, each in known.items()}
         found = _compare_all(target, storage, "manifest", wanted, listed, given)
     elif isinstance(storage, Folder) and storage.only is not None:
-        raise InputError(f"bytes are compared with checksums; {target} has none; {_way_out(target)}")
+        raise InputError(f"{target} stores no checksums; {_way_out(target)}")
     else:
         found = _compare_own(target, storage, listed, document, given) or _inspect_all(
             target, storage, listed, given or open_target(storage, listed)
@@ -219,11 +219,11 @@ def _list(target: str, storage: Storage, document: bytes | None) -> dict[str, in
     if isinstance(storage, Objects) and not storage.store.supports_listing:
         record = None if document is None else parse_record(document, f"{target}/{METADATA}")
         if record is None or document is None:
-            raise OpenError(f"what has no record is listed; {target} cannot be; verify a copy")
+            raise OpenError(f"{target} cannot be listed, and has no record of its files; verify a copy")
         return {METADATA: len(document)} | {key: each.nbytes for key, each in record.files.items()}
     listed = storage.list_files()
     if not listed and isinstance(storage, Objects):
-        raise NotFoundError(f"what is verified is there; nothing is at {target}; check the name")
+        raise NotFoundError(f"{target} does not exist; check the name")
     return listed
 
 
@@ -240,7 +240,7 @@ def parse_subset(text: str) -> float:
     except ValueError:
         share = math.nan
     if not 0 < share <= 1:
-        raise InputError(f"a subset is a part of all; got {text!r}; write it such as 10% or 0.1")
+        raise InputError(f"subset {text!r} is not a number above 0 and at most 1; write it such as 10% or 0.1")
     return share
 
 
@@ -363,7 +363,7 @@ def _inspect_all(
     if unchecked or not described:
         name = "/".join(filter(None, [target, *unchecked[:1]]))
         problem = f"the codecs of {name} add no crc32c" if unchecked else f"{name} has no array"
-        raise InputError(f"bytes are compared with checksums; {problem}; {_way_out(target)}")
+        raise InputError(f"{problem}; {_way_out(target)}")
     arrays = tuple(described.values())
     problems: list[Problem] = []
     ranges: list[Range] = []
@@ -435,6 +435,4 @@ def _has_traces(metadata: bytes) -> bool:
 
 
 def _way_out(target: str) -> str:
-    return (
-        f"record them while it is right: pipeline verify {target} --write-manifest FILE; compare with --manifest FILE"
-    )
+    return f"record them while right: pipeline verify {target} --write-manifest FILE; compare with --manifest FILE"
