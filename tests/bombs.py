@@ -73,7 +73,7 @@ def read_all(cases):
     import numpy as np
 
     import pipeline
-    from pipeline.matrix.sources import open_source
+    from pipeline.matrix.formats import open_source
 
     def gather(path):
         matrix = pipeline.open_matrix(path)

@@ -22,7 +22,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 from zarr.codecs import numcodecs as zarr_numcodecs
 
-from pipeline.matrix.sources import open_source
+from pipeline.matrix.formats import open_source
 from tests import bombs
 
 ROWS, COLUMNS, CHUNK_ROWS = 16, 2**16, 8

@@ -17,8 +17,9 @@ import pytest
 
 import pipeline
 from pipeline.errors import InputError, OpenError
-from pipeline.matrix import formats
-from pipeline.matrix.sources import FileSource, open_source
+from pipeline.matrix import signatures as formats
+from pipeline.matrix.formats import open_source
+from pipeline.matrix.sources import FileSource
 
 ARRAY = np.arange(1.0, 61.0).reshape(20, 3)
 RAW = {"dtype": "float64", "row_shape": (3,)}
@@ -75,7 +76,7 @@ def test_superblock_elsewhere_is_none(tmp_path, offset):
 
 @pytest.mark.parametrize("opened", [open_source, pipeline.open_matrix])
 def test_npy_of_two_arrays(tmp_path, opened):
-    for rest, match in ((ARRAY + 1, "a second array"), (b"abc", "3 more than its header says")):
+    for rest, match in ((ARRAY + 1, "a second array"), (b"abc", "3 more than its header declares")):
         with (tmp_path / "A.npy").open("wb") as file:
             np.save(file, ARRAY)
             np.save(file, rest) if isinstance(rest, np.ndarray) else file.write(rest)
@@ -88,7 +89,7 @@ def test_npy_of_two_arrays(tmp_path, opened):
     assert not (tmp_path / "A.zarr").exists()
     np.save(tmp_path / "A.npy", ARRAY)
     (tmp_path / "A.npy").write_bytes((tmp_path / "A.npy").read_bytes()[:-1])
-    with pytest.raises(OpenError, match="as long as its header says"):
+    with pytest.raises(OpenError, match="bytes that its header declares"):
         opened(tmp_path / "A.npy")
 
 

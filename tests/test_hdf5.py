@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.errors import InputError, IntegrityError, NotFoundError, OpenError
 from pipeline.matrix import hdf5
-from pipeline.matrix.sources import FileSource, open_source
+from pipeline.matrix.formats import open_source
+from pipeline.matrix.sources import FileSource
 
 ARRAY = np.arange(103 * 29, dtype="f8").reshape(103, 29)
 

@@ -20,7 +20,7 @@ import pipeline
 from pipeline.errors import IntegrityError, OpenError, PipelineError
 from pipeline.matrix import hdf5
 from pipeline.matrix import hdf5_filters as module
-from pipeline.matrix.sources import open_source
+from pipeline.matrix.formats import open_source
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 """Of the comparison with h5py; more by hand."""
@@ -449,7 +449,7 @@ WITHOUT_PLUGIN = """
 import sys; sys.modules["hdf5plugin"] = None
 import numpy
 from pipeline.errors import PipelineError
-from pipeline.matrix.sources import open_source
+from pipeline.matrix.formats import open_source
 for name in sys.argv[1:]:
     try:
         numpy.save(name.split("::")[0] + ".npy", open_source(name).read_rows(0, 250))

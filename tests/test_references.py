@@ -17,8 +17,9 @@ import pipeline
 from pipeline.errors import IntegrityError, NotFoundError, OpenError, OutputExistsError
 from pipeline.matrix import hdf5_references as references
 from pipeline.matrix.fingerprint import fingerprint_source
+from pipeline.matrix.formats import open_source
 from pipeline.matrix.hdf5 import Hdf5Source
-from pipeline.matrix.sources import FileSource, open_source
+from pipeline.matrix.sources import FileSource
 
 WIDTH = 3
 
@@ -464,7 +465,7 @@ def test_folder_of_external_storage(folder, prefix):
     # libhdf5 reads this variable when it is loaded.
     with contextlib.chdir(folder), h5py.File("A.h5", "w") as file:
         file.create_dataset("x", data=values(0), external=[("a.bin", 0, 240)])
-    code = "import sys, pipeline.matrix.sources as s; print(s.open_source(sys.argv[1]).read_rows(0, 10).sum())"
+    code = "import sys, pipeline.matrix.formats as s; print(s.open_source(sys.argv[1]).read_rows(0, 10).sum())"
     done = subprocess.run(
         [sys.executable, "-c", code, f"{folder / 'A.h5'}::x"],
         env={**os.environ, "HDF5_EXTFILE_PREFIX": prefix},
@@ -608,7 +609,7 @@ def test_a_folder_that_the_user_names_to_libhdf5_needs_no_switch(folder, tmp_pat
     save(folder / "s0.h5", values(0))
     (tmp_path / "other").mkdir()
     save_virtual(tmp_path / "other" / "A.h5", ["s0.h5"])
-    code = "import sys, pipeline.matrix.sources as s; print(s.open_source(sys.argv[1]).read_rows(0, 10).sum())"
+    code = "import sys, pipeline.matrix.formats as s; print(s.open_source(sys.argv[1]).read_rows(0, 10).sum())"
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "other" / "A.h5"],
         env=os.environ | {"HDF5_VDS_PREFIX": str(folder)},
@@ -707,7 +708,7 @@ def without_locks(request):
 @pytest.mark.parametrize("setting", [None, "TRUE", "FALSE"])
 def test_file_system_without_locks(folder, without_locks, setting):
     virtual(folder)
-    code = "import sys, pipeline.matrix.sources as s; print(s.open_source(sys.argv[1]).read_rows(0, 30).sum())"
+    code = "import sys, pipeline.matrix.formats as s; print(s.open_source(sys.argv[1]).read_rows(0, 30).sum())"
     env = {key: value for key, value in os.environ.items() if key != "HDF5_USE_FILE_LOCKING"}
     done = subprocess.run(
         [*without_locks, sys.executable, "-c", code, f"{folder / 'A.h5'}::v"],

@@ -18,7 +18,7 @@ from zarr.storage import LocalStore, ObjectStore
 
 import pipeline
 from pipeline.matrix.fingerprint import fingerprint_matrix, fingerprint_source
-from pipeline.matrix.sources import open_source
+from pipeline.matrix.formats import open_source
 from tests.layouts import LAYOUTS, distinct, in_memory
 
 LENGTH = 16

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import IntegrityError, NotFoundError, OpenError
 from pipeline.matrix.arrays import local_folder, open_node, open_root
-from pipeline.matrix.sources import split_name
+from pipeline.matrix.formats import split_name
 from pipeline.storage.base import Folder, Objects
 from pipeline.storage.locations import Url, locate
 from pipeline.storage.zarrconfig import pinned_config

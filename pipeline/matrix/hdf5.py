@@ -233,8 +233,7 @@ class Hdf5Source:
     def _broken(self, what: str, error: Exception | str) -> IntegrityError:
         text = " ".join(str(error).split())
         return IntegrityError(
-            f"every chunk of a source must be readable; {what} of {self.data.stamp.path}::{self.data.name} "
-            f"is not ({text}); restore the file"
+            f"{what} of {self.data.stamp.path}::{self.data.name} cannot be read ({text}); restore the file"
         )
 
 
@@ -273,9 +272,7 @@ def describe(path: Path, name: str | None, *, outside_files: bool = False) -> Hd
         except (KeyError, OSError, RuntimeError) as error:
             raise OpenError(f"a data set must be readable; {path}::{name}: {error}; restore the file") from error
         if not isinstance(dataset, h5py.Dataset):
-            raise NotFoundError(
-                f"a data set must be in its file; {path} has no {name!r}; {_list_names(_find_datasets(file))}"
-            )
+            raise NotFoundError(f"{path} has no data set {name!r}; {_list_names(_find_datasets(file))}")
         if dataset.shape is None:
             raise OpenError(f"a data set must hold values; {path}::{dataset.name} is empty; name another")
         plain = (
@@ -311,8 +308,8 @@ def _find_only(file: Any) -> str:
     found = _find_datasets(file)
     if len(found) != 1:
         raise InputError(
-            f"a data set must be named in a file that does not hold exactly one; {file.filename}: "
-            f"{_list_names(found)}; write {file.filename}::NAME, or use --dataset NAME"
+            f"{file.filename} does not hold exactly one data set: {_list_names(found)}; write {file.filename}::NAME, "
+            "or use --dataset NAME"
         )
     return f"/{found[0]}"
 

@@ -18,19 +18,10 @@ from pipeline.formatting import count_of, format_size, html_table, list_some, te
 from pipeline.matrix.arrays import locate_array, open_folder, open_root, reading_config, refuse_group
 from pipeline.matrix.attributes import array_labels
 from pipeline.matrix.conventions import ATTRIBUTE, say_scaling
+from pipeline.matrix.formats import FILE_SUFFIXES, is_numeric, open_source, referred_files, refuse_options, split_name
 from pipeline.matrix.hdf5 import Hdf5Source
 from pipeline.matrix.layout import Layout, PlainFiles, read_layout
-from pipeline.matrix.sources import (
-    FILE_SUFFIXES,
-    FileSource,
-    StackedSource,
-    ZarrSource,
-    is_numeric,
-    open_source,
-    referred_files,
-    refuse_options,
-    split_name,
-)
+from pipeline.matrix.sources import FileSource, StackedSource, ZarrSource
 from pipeline.storage.locations import Url, locate, name_store
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from pipeline.formatting import format_size, html_table, text_line
 from pipeline.matrix.arrays import refuse_group
 from pipeline.matrix.attributes import dimension_names
 from pipeline.matrix.conventions import ATTRIBUTE
+from pipeline.matrix.formats import is_numeric, refuse_options
 from pipeline.matrix.matrix import FoundGroup, Matrix, open_found, open_single
-from pipeline.matrix.sources import is_numeric, refuse_options
 from pipeline.storage.locations import Url, plain, store_error
 from pipeline.storage.zarrconfig import pinned_config
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.arguments import check_dtype, check_numbers, show
 from pipeline.errors import InputError, IntegrityError
-from pipeline.matrix.sources import is_numeric
+from pipeline.matrix.formats import is_numeric
 from pipeline.storage.checksums import digest_array
 
 if TYPE_CHECKING:

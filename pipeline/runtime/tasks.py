@@ -19,7 +19,7 @@ from pipeline.arguments import check_choice, show
 from pipeline.errors import BudgetError, InputError, IntegrityError, PipelineError
 from pipeline.formatting import count_of
 from pipeline.matrix.arrays import check_decodable
-from pipeline.matrix.sources import is_numeric
+from pipeline.matrix.formats import is_numeric
 from pipeline.plan.columns import find_lost
 from pipeline.plan.group import GroupPlan, check_plan
 from pipeline.readers.choose import DirectReader, choose_reader

@@ -18,8 +18,8 @@ from pipeline.formatting import count_of, format_size, html_table, list_some, te
 from pipeline.matrix.arrays import locate_array
 from pipeline.matrix.attributes import Description
 from pipeline.matrix.fingerprint import fingerprint_source
+from pipeline.matrix.formats import open_source, referred_files
 from pipeline.matrix.matrix import Matrix, open_single
-from pipeline.matrix.sources import Source, open_source, referred_files
 from pipeline.memory import budget, parse_size
 from pipeline.outputs.journal import Request
 from pipeline.outputs.output import find_output
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
     from pipeline.matrix.fingerprint import Fingerprint
+    from pipeline.matrix.sources import Source
     from pipeline.outputs.output import Output, Stage, Writer
     from pipeline.runtime.report import Watch
     from pipeline.storage.locations import Location, Url
