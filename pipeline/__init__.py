@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from pipeline.sinks.sampler import ChunkBatchSampler
     from pipeline.sinks.store import store
 
+__version__ = "0.1.0"
+
 # Its hooks come before the first fork.
 importlib.import_module("pipeline.process")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -727,7 +728,8 @@ def test_full_disk_under_our_output(program, matrix):
 
 def test_version(program):
     done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("pipeline, version ")
+    assert done.stdout == f"pipeline, version {pipeline.__version__}\n"
+    assert pipeline.__version__ == importlib.metadata.version("random-windows")
 
 
 def test_without_a_verb_the_help_is_shown(cli):

@@ -14,6 +14,8 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, Sharding
 from pipeline.matrix.arrays import reading_config
 from pipeline.readers import codecs as decoders
 
+pytestmark = pytest.mark.versions
+
 ROWS, COLUMNS = 24, 5
 VALUES = np.arange(1, ROWS * COLUMNS + 1, dtype="f4").reshape(ROWS, COLUMNS)
 

@@ -13,6 +13,8 @@ from pipeline.errors import DiskSpaceError, OpenError
 from pipeline.outputs.shards import Compression, Cut, create_array, write_entries
 from pipeline.plan.cost import slab_nbytes, writing_nbytes
 
+pytestmark = pytest.mark.versions
+
 if TYPE_CHECKING:
     from pathlib import Path
 

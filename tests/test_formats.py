@@ -21,6 +21,8 @@ from pipeline.matrix import signatures as formats
 from pipeline.matrix.formats import open_source
 from pipeline.matrix.sources import FileSource
 
+pytestmark = pytest.mark.versions
+
 ARRAY = np.arange(1.0, 61.0).reshape(20, 3)
 RAW = {"dtype": "float64", "row_shape": (3,)}
 

@@ -20,6 +20,8 @@ import zarr
 import pipeline
 from tests.formats import make
 
+pytestmark = pytest.mark.versions
+
 VERSIONS = sorted(each for each in Path(make.__file__).parent.glob("v*") if each.is_dir())
 STARTS = [50, 3, 17, 44, 0, 56, 9, 31, 22, 38, 5, 48, 27, 12, 41, 19]
 LENGTH, TASKS = 8, 4

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import pipeline
 from pipeline.plan.rowfiles import load_intervals
 
+pytestmark = pytest.mark.versions
+
 
 def rows_of(intervals):
     return [row for first, stop in np.asarray(intervals).tolist() for row in range(first, stop)]

@@ -111,13 +111,16 @@ def imported_modules(notebook):
 
 
 def declared_packages():
-    """Names of what the development environment declares, this package and its extras among them."""
-    project = tomllib.loads((TREE / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    own, *others = project["dependency-groups"]["dev"]
-    named = [each for extra in re.findall(r"[\w-]+", own.partition("[")[2]) for each in extras[extra]]
-    words = [*project["project"]["dependencies"], *others, *named]
-    return {project["project"]["name"], *(re.match(r"[\w.-]+", word)[0].lower() for word in words)}
+    """Names of what the package and its extra `notebooks` declare."""
+    project = tomllib.loads((TREE / "pyproject.toml").read_text())["project"]
+    own, *others = project["optional-dependencies"]["notebooks"]
+    named = [
+        word
+        for extra in re.findall(r"[\w-]+", own.partition("[")[2])
+        for word in project["optional-dependencies"][extra]
+    ]
+    words = [*project["dependencies"], *others, *named]
+    return {project["name"], *(re.match(r"[\w.-]+", word)[0].lower() for word in words)}
 
 
 def test_there_are_notebooks():
@@ -179,7 +182,7 @@ def test_keeps_text_and_small_pictures_and_no_error(notebook):
     assert max(len(base64.b64decode(each)) for each in pictures) < PICTURE_NBYTES
 
 
-def test_needs_no_more_than_the_development_environment(notebook):
+def test_needs_no_more_than_the_extra(notebook):
     modules = set(imported_modules(notebook)) - sys.stdlib_module_names
     declared, homes = declared_packages(), packages_distributions()
     missing = {each for each in modules - {"pipeline"} if declared.isdisjoint(map(str.lower, homes.get(each, [])))}

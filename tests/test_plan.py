@@ -15,6 +15,8 @@ from pipeline.matrix.rows import count_touched
 from pipeline.plan import plan as plan_module
 from pipeline.plan.plan import cut_windows
 
+pytestmark = pytest.mark.versions
+
 
 def matrix_of(rows, row_shape=(2,), *, chunk=10, dtype="f8", **settings):
     """A matrix of metadata alone: planning reads nothing else."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from pipeline import __version__
 from pipeline.cli.help import Verbs, answer_shell, complete_files
 from pipeline.cli.options import (
     common,
@@ -205,7 +206,7 @@ def _explain(error: BaseException) -> tuple[int, str]:  # noqa: PLR0911 (a table
     epilog=_EPILOG,
     invoke_without_command=True,
 )
-@click.version_option(package_name="random-windows", prog_name="pipeline")
+@click.version_option(__version__, prog_name="pipeline")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Read random windows out of a matrix that is larger than memory, as fast as the storage allows, on Dask."""
