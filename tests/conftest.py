@@ -116,7 +116,7 @@ class Bucket:
 def tls_service(tmp_path_factory):
     """The cluster file of a scheduler and two workers; skips where it cannot be had, as the following do."""
     pytest.importorskip("cryptography")
-    from pipeline.bench.contenders.ours_tls import tls_cluster
+    from pipeline.bench.tls_cluster import tls_cluster
 
     with tls_cluster(tmp_path_factory.mktemp("tls")) as file:
         yield file

@@ -1,12 +1,15 @@
-"""The flow: make the files, run the rounds, report."""
+"""The flow of `pipeline bench`: write the files, run the rounds, report."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.bench.rounds import Table, machine_facts, machine_words, run_rounds, table_lines
+from pipeline.bench.job import prepare_job
+from pipeline.bench.report import describe_machine, machine_facts, report_text
+from pipeline.bench.rounds import Table, run_rounds
 from pipeline.bench.scenarios import choose_scenarios
 from pipeline.errors import InputError, IntegrityError, NotFoundError
 
@@ -19,27 +22,29 @@ def run_bench(
     *,
     scenario: str,
     rows: int | None,
-    rounds: int,
-    cold: bool,
-    limit: float,
     plot: Path | None,
     where: dict[str, Any],
     say: Callable[[str], None],
+    **settings: Any,
 ) -> tuple[str, dict[str, Any]]:
-    """Run a scenario, and return words for a person and numbers for a program.
+    """Run a scenario, and return text for a person and numbers for a program.
 
     Parameters
     ----------
     folder
-        Made if it is not there; files of an earlier run are used again.
+        Where files are written, unless an earlier run left them there; made if absent.
     scenario
-        `seed`, `compressed` or `small`.
+        A key of `SCENARIOS`.
     rows
-        Rows of the matrix; None: the scenario's own.
-    rounds, cold, limit, where
-        As `run_rounds` takes them.
+        Rows of the matrix; None: the default of the scenario.
     plot
-        Picture to write, one panel a table; its suffix is one that matplotlib knows.
+        Picture to write, one panel a table, in a format of matplotlib.
+    where
+        Keywords of `connect`, which name the user's cluster.
+    say
+        Gets a line for each step.
+    **settings
+        `rounds`, `cold` and `limit` of `run_rounds`.
 
     Raises
     ------
@@ -48,53 +53,42 @@ def run_bench(
     NotFoundError
         If the cluster file is absent.
     IntegrityError
-        If this project itself gave a wrong value: a peer that does so is named in its table.
+        If this project itself gave a wrong value; a peer that does so is named in its table.
     BudgetError, DiskSpaceError
-        If the results do not fit the memory, or the files the disk.
+        If the results do not fit in memory, or the files on the disk.
     """
     if plot is not None:
         _check_plot(plot)
     if "cluster" in where and not Path(where["cluster"]).exists():
-        raise NotFoundError(f"a named cluster file is there; nothing is at {where['cluster']}; check the path")
-    chosen = choose_scenarios(scenario, rows)
-    if importlib.util.find_spec("h5py") is None and not all(each.compressed for each in chosen):
+        raise NotFoundError(f"cluster file {where['cluster']} does not exist; check the path")
+    scenarios = choose_scenarios(scenario, rows)
+    if importlib.util.find_spec("h5py") is None and not all(chosen.compressed for chosen in scenarios):
         raise InputError(
-            f"the files of {scenario} need h5py; it is not installed; pip install h5py, or take --scenario compressed"
+            f"h5py is not installed, which scenario {scenario} needs; pip install h5py, or give --scenario compressed"
         )
     tables = []
-    for each in chosen:
-        made = each.make_files(folder, say)
-        home = made.zarr.parent
-        table = run_rounds(each, home, rounds=rounds, cold=cold, limit=limit, where=where, say=say)
-        check_ours(table)
-        tables.append(table)
+    for chosen in scenarios:
+        job = replace(prepare_job(chosen, folder, say), where=where)
+        tables.append(run_rounds(job, say=say, **settings))
+        check_ours(tables[-1])
     machine = machine_facts()
     if plot is not None:
         from pipeline.bench.picture import draw_tables
 
-        draw_tables(tables, machine_words(machine), plot)
-    lines = [machine_words(machine)]
-    for table in tables:
-        lines += ["", *table_lines(table)]
-    lines += ["", *_NOTES]
-    numbers = {"machine": machine, "rounds": rounds, "limit": limit, "tables": [table.numbers() for table in tables]}
-    return "\n".join(lines), numbers
-
-
-_NOTES = (
-    "Timed: open, plan, allocate, read. Not timed: imports, start of the cluster, a first window. Each in its own",
-    "process; rounds interleaved, the first thrown away; every value checked. Times ours: against this project on its",
-    "cluster, round by round, the median. The memory is that of the whole process.",
-)
+        draw_tables(tables, describe_machine(machine), plot)
+    numbers = {name: settings[name] for name in ("rounds", "limit")}
+    numbers = {"machine": machine, **numbers, "tables": [table.numbers() for table in tables]}
+    return report_text(machine, tables), numbers
 
 
 def check_ours(table: Table) -> None:
-    """Raise IntegrityError where this project gave a wrong value: no table of speeds is worth as much."""
-    wrong = [s.contender.label for s in table.scores if s.contender.kind == "ours" and s.state == "wrong"]
-    if wrong:
+    """Raise IntegrityError if this project gave a wrong value: its speed is then worth nothing."""
+    labels = [
+        score.contender.label for score in table.scores if score.contender.kind == "ours" and score.state == "wrong"
+    ]
+    if labels:
         raise IntegrityError(
-            f"this project's windows equal the oracle's; in {table.scenario.name} those of {', '.join(wrong)} do not; "
-            "report this as a bug"
+            f"wrong values in scenario {table.scenario.name} from {', '.join(labels)}; report this as a bug"
         )
 
 
@@ -103,9 +97,9 @@ def _check_plot(plot: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise InputError("--plot needs matplotlib; it is not installed; pip install matplotlib") from None
+        raise InputError("matplotlib is not installed, which --plot needs; pip install matplotlib") from None
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if plot.suffix.removeprefix(".") not in known:
-        raise InputError(f"--plot ends in one of {', '.join(known)}; got {plot}; rename it")
+        raise InputError(f"--plot {plot} has no format of matplotlib; end its name in one of {', '.join(known)}")
     if not plot.absolute().parent.is_dir():
-        raise InputError(f"--plot lies in a folder that is there; {plot.parent} is not; make it first")
+        raise InputError(f"--plot {plot} is in a folder that does not exist; make {plot.parent} first")

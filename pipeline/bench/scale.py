@@ -1,19 +1,19 @@
-"""Many tasks on many workers that do nothing: what Dask itself costs, `python -m pipeline.bench.scale --help`.
+"""Measure what Dask itself costs for many tasks on many workers: `python -m pipeline.bench.scale --help`.
 
-Scheduler and workers run in processes of their own, over TCP on loopback; a run's own plan, tasks and submission are
-used, in which a function that reads nothing stands in for the reader. Workers share a few processes, so that a machine
-of two cores holds a thousand; hence the seconds of processor time of each part count, and not the clock alone.
+The plan, the tasks and their submission are those of a real run, but a task reads nothing. Scheduler and workers run in
+processes of their own, over TCP on loopback. Workers share a few processes, so that a machine of two cores holds a
+thousand of them; the measure is therefore the processor time of each part, not the clock alone.
 
-What follows for 100 TB (6.25 billion rows of 2000 float64), 10^9 windows of 16 rows (256 TB), 1,000 workers, on paper:
+An estimate for 100 TB (6.25 billion rows of 2000 float64), 10^9 windows of 16 rows (256 TB) and 1,000 workers:
 
-- The plan holds 32 bytes a window: 32 GB, 4 minutes. Where that does not fit, run it in parts, each with a seed and an
-  output of its own.
-- 3.8 million tasks of 64 MiB are made as they are submitted; 16 bytes a window pass through the scheduler, which takes
-  1 to 2 ms a task (measured with 20 and with 1,000 simulated workers): at most 30 to 60 GB/s, an hour or two in all.
-- The journal takes 76 bytes a task, the record 68 bytes a shard: 260 MB in the `zarr.json` of the result, too much for
-  comfort; several outputs are better than one.
+- The plan holds 32 bytes a window: 32 GB, made in 4 minutes. If memory is too small, run several plans, each with a
+  seed and an output of its own.
+- 3.8 million tasks of 64 MiB are built while they are submitted; 16 bytes a window pass through the scheduler, which
+  takes 1 to 2 ms a task (measured with 20 and with 1,000 simulated workers): at most 30 to 60 GB/s, 1 to 2 hours.
+- The journal holds 76 bytes a task, the record 68 bytes a shard: 260 MB in the `zarr.json` of the result. Several
+  smaller outputs are better.
 - On S3 (0.0004 USD per 1,000 GET, 0.005 per 1,000 PUT in us-east-1) a million sparse windows are 1 to 2 million GETs,
-  0.40 to 0.80 USD; `pipeline plan` tells requests and price of a plan.
+  0.40 to 0.80 USD; `pipeline plan` shows the requests and the price of a plan.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import distributed
+import numpy as np
 
 from pipeline.matrix.opening import open_matrix
 from pipeline.plan.group import plan_windows
@@ -42,6 +42,8 @@ from pipeline.runtime.tasks import Receipt, Work, name_tasks, prepare_work
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from pipeline.plan.plan import Plan, Task
 
 _ROWS, _COLUMNS, _LENGTH = 2_000_000, 2_000, 16
@@ -50,33 +52,21 @@ _START_SECONDS = 300
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What processes have used so far."""
-
-    seconds: float
-    """Of processor time."""
-    nbytes: int
-    """Anonymous memory."""
-
-
 def simulate_run(tasks: int, *, workers: int, task_windows: int) -> dict[str, Any]:
-    """Run tasks that read nothing, and measure what each part of the cluster takes for one.
+    """Run tasks that read nothing, and measure what each part of the cluster uses.
 
     Parameters
     ----------
-    tasks
-        How many.
-    workers
-        Of one thread each.
+    tasks, workers
+        Number of tasks, and of workers of one thread each.
     task_windows
-        Windows of a task, whose starts and places travel with it.
+        Windows of a task; their starts and places are sent with it.
 
     Returns
     -------
     dict
-        Numbers: seconds by the clock and of processor time, bytes by which memory has grown; the latter two for the
-        client, the scheduler and all workers together.
+        Seconds of the run; for the client, the scheduler and all workers together, seconds of processor time and bytes
+        by which memory grew.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -84,7 +74,7 @@ def simulate_run(tasks: int, *, workers: int, task_windows: int) -> dict[str, An
         work = prepare_work(plan, None)
         scheduler, address = stack.enter_context(_started(folder, "scheduler"))
         groups = [min(_WORKERS_A_PROCESS, workers - first) for first in range(0, workers, _WORKERS_A_PROCESS)]
-        started = [stack.enter_context(_started(folder, "workers", address, str(each)))[0] for each in groups]
+        started = [stack.enter_context(_started(folder, "workers", address, str(count)))[0] for count in groups]
         client = stack.enter_context(distributed.Client(address, set_as_default=True))
         client.wait_for_workers(workers, timeout=_START_SECONDS)
         parts = {"client": [os.getpid()], "scheduler": [scheduler], "workers": started}
@@ -94,8 +84,7 @@ def simulate_run(tasks: int, *, workers: int, task_windows: int) -> dict[str, An
         for done, _ in enumerate(_run_nothing(plan, work, task_windows)):
             first = first if done else time.perf_counter() - begin
         seconds = time.perf_counter() - begin
-        after = {name: _measure(pids) for name, pids in parts.items()}
-    used = {name: after[name].seconds - before[name].seconds for name in parts}
+        used = {name: (_measure(pids) - before[name]).tolist() for name, pids in parts.items()}
     return {
         "tasks": tasks,
         "workers": workers,
@@ -103,21 +92,21 @@ def simulate_run(tasks: int, *, workers: int, task_windows: int) -> dict[str, An
         "seconds": seconds,
         "first_seconds": first,
         "tasks_per_second": tasks / seconds,
-        "processor_seconds": used,
+        "processor_seconds": {name: seconds for name, (seconds, _) in used.items()},
         # The scheduler runs on one core.
-        "most_tasks_per_second": tasks / used["scheduler"],
-        "grown": {name: after[name].nbytes - before[name].nbytes for name in parts},
+        "most_tasks_per_second": tasks / used["scheduler"][0],
+        "grown": {name: int(nbytes) for name, (_, nbytes) in used.items()},
     }
 
 
 def read_nothing(work: Work, task: Task) -> Receipt:
-    """Stand in for a task that reads."""
+    """Replace the function that reads the windows of a task."""
     del work
     return Receipt(task.number, len(task.starts), 0, 0.0)
 
 
 def _plan_nothing(folder: Path, windows: int) -> Plan:
-    """Plan windows of a matrix of the seed's shape, in a file that is all hole."""
+    """Plan windows of a matrix of (2_000_000, 2000) float64, in a sparse file."""
     with (folder / "A.bin").open("wb") as file:
         file.truncate(_ROWS * _COLUMNS * 8)
     matrix = open_matrix(folder / "A.bin", dtype="float64", row_shape=(_COLUMNS,))
@@ -131,31 +120,32 @@ def _run_nothing(plan: Plan, work: Work, task_windows: int) -> Iterator[Any]:
 
 @contextmanager
 def _started(folder: Path, *words: str) -> Iterator[tuple[int, str]]:
-    """Start a part of the cluster, with scratch in a folder; yield its process and what it says when it is up."""
-    line = [sys.executable, "-P", "-m", "pipeline.bench.scale", *words]
+    """Start a part of the cluster; yield its process id and the line that it prints when it is ready."""
+    command = [sys.executable, "-P", "-m", "pipeline.bench.scale", *words]
     settings = {"DASK_LOGGING__DISTRIBUTED": "critical", "DASK_TEMPORARY_DIRECTORY": str(folder)}
     with subprocess.Popen(  # noqa: S603 (this module)
-        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             yield process.pid, process.stdout.readline().strip()
         finally:
-            # It ends with its input, also where this process is killed.
+            # The process ends with its input, also if this process is killed.
             process.stdin.close()
             process.wait()
 
 
-def _measure(pids: list[int]) -> Usage:
+def _measure(pids: list[int]) -> NDArray[np.float64]:
+    """Return the processor seconds and the bytes of anonymous memory that processes use, (2,)."""
     seconds, nbytes = 0.0, 0
     for pid in pids:
-        # The name, in brackets, may hold spaces.
+        # The name of the process, in brackets, may contain spaces.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         seconds += (int(fields[11]) + int(fields[12])) / _TICKS
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         nbytes += sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
-    return Usage(seconds, nbytes)
+    return np.array([seconds, nbytes])
 
 
 async def _serve_scheduler() -> None:
@@ -169,10 +159,10 @@ async def _serve_scheduler() -> None:
 async def _serve_workers(address: str, count: int) -> None:
     settings = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "dashboard": False}
     workers = [distributed.Worker(address, **settings) for _ in range(count)]
-    await asyncio.gather(*(each.start() for each in workers))
+    await asyncio.gather(*(worker.start() for worker in workers))
     print(count, flush=True)  # noqa: T201 (read by `_started`)
     await _until_input_ends()
-    await asyncio.gather(*(each.close(timeout=1, nanny=False) for each in workers), return_exceptions=True)
+    await asyncio.gather(*(worker.close(timeout=1, nanny=False) for worker in workers), return_exceptions=True)
 
 
 async def _until_input_ends() -> None:
@@ -194,9 +184,9 @@ def main() -> None:
     )
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=100)
-    parser.add_argument("--windows", type=int, default=100, help="Of a task.")
-    given = parser.parse_args()
-    numbers = simulate_run(given.tasks, workers=given.workers, task_windows=given.windows)
+    parser.add_argument("--windows", type=int, default=100, help="Windows of a task.")
+    options = parser.parse_args()
+    numbers = simulate_run(options.tasks, workers=options.workers, task_windows=options.windows)
     print(json.dumps(numbers, indent=1))  # noqa: T201 (the command line of this module)
 
 
