@@ -192,7 +192,7 @@ def test_worker_process_says_one_json_object(jobs, tmp_path):
     assert json.loads(done.stdout).keys() == {"state", "seconds", "peak_memory", "cached"}
 
 
-def run_faked(monkeypatch, answers, *, count=3, copied=True):
+def run_faked(monkeypatch, answers, *, count=3, copied=True, scenario="seed"):
     """Rounds without processes: `answers` maps keys to what a worker says; others take one second."""
     calls = []
 
@@ -207,7 +207,7 @@ def run_faked(monkeypatch, answers, *, count=3, copied=True):
         if copied:
             (folder / "plain.zarr").mkdir()
         settings = {"rounds": count, "cold": False, "limit": 9, "say": lambda _: None}
-        return rounds.run_rounds(Job(TINY["seed"], folder), **settings), calls
+        return rounds.run_rounds(Job(TINY[scenario], folder), **settings), calls
 
 
 def timed(*seconds):
@@ -349,6 +349,15 @@ def test_without_h5py_there_are_no_plain_files(cli, monkeypatch):
     done = cli("bench")
     assert done.code == 2
     assert "h5py is not installed, which scenario seed needs" in done.err
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_scenario_has_a_picture(monkeypatch, tmp_path, name):
+    from pipeline.bench.picture import draw_tables
+
+    table, _ = run_faked(monkeypatch, {}, scenario=name)
+    draw_tables([table], "a machine", tmp_path / "a.svg")
+    assert all(score.contender.label in (tmp_path / "a.svg").read_text() for score in table.limits())
 
 
 def test_picture_of_compressed_has_two_panels(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.bench.rounds import Table
 
 _COLORS = {"ours": "#d95f02", "peer": "#7a8fa6"}
-_DASHES = {"limit_storage": "-", "limit_decode": "--", "limit_memory": ":"}
+_DASHES = {"limit_storage": "-", "limit_decode": "--", "limit_memory": ":", "limit_store": "-"}
 _BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 """Behind text, so that no line crosses it."""
 _REASON, _LINE = 50, 130
@@ -44,11 +44,12 @@ def _draw(table: Table, axes: Axes) -> None:
     if not table.ranked():
         axes.text(0.5, 0.5, "nobody was timed", ha="center", transform=axes.transAxes)
         return
-    _draw_bars(table, axes)
     limits = table.limits()
     for score in limits:
         label = f"limit, {score.contender.label}: {score.median:.3g} s"
         axes.axvline(score.median, color="black", lw=1.3, ls=_DASHES[score.contender.key], label=label, zorder=3)
+    # After the lines, so that they do not cross its text.
+    _draw_bars(table, axes)
     if limits:
         # Pads are in units of the font, whatever the height of the panel.
         below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, 0), "borderaxespad": 4.3}
