@@ -539,7 +539,10 @@ class TestChecksBeforeWork:
     @pytest.mark.parametrize("nbytes", [0, 7])
     def test_sizes_that_a_listing_tells(self, nbytes, layouts):
         matrix = damaged(layouts, "plain", lambda value: value[:nbytes], as_objects)
-        with pytest.raises(pipeline.IntegrityError, match=f"has {nbytes} bytes instead of {16 * ROW + 4}; restore it"):
+        with pytest.raises(
+            pipeline.IntegrityError,
+            match=f"has {nbytes} bytes instead of {16 * ROW + 4}, and 1 of 2 windows touches it",
+        ):
             check(matrix, [0, 100])
         check(matrix, [100])
 

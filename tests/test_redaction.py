@@ -287,7 +287,7 @@ def test_keys_of_a_bucket(cli, bucket, samples, tmp_path, monkeypatch, way):
     shown += traceback.format_exception(caught.value)
     if way == "environment":
         line = ["run", url, "--count", 50, "--out", f"{bucket.url}/u.zarr", "--performance-report", "R.html"]
-        for flags in ([], ["--debug"], ["--json", "--overwrite"]):
+        for flags in ([], ["--debug"], ["--json", "--resume"]):
             said = cli(*line, *flags)
             shown += [said.out, said.err]
         assert said.code == 0
