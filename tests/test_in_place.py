@@ -406,7 +406,7 @@ def objects(folder):
 @pytest.mark.parametrize(
     ("write", "error", "words"),
     [
-        (truncated, pipeline.OpenError, "25447 of 25448 bytes"),
+        (truncated, pipeline.OpenError, "25447 of the 25448 bytes"),
         (headless, pipeline.OpenError, "header"),
         (objects, pipeline.OpenError, "never unpickled"),
         (lambda folder: np.save(folder / "A.npy", np.array(["a"])), pipeline.InputError, "<U1"),
@@ -538,7 +538,7 @@ def test_info_says_what_create_would_add(cli, files, samples):
         ("A.npy --axis 1", 2, ["--axis"]),
         ("A.h5", 2, ["test", "--dataset"]),
         ("A.h5::absent", 3, ["'absent'", "test"]),
-        ("A.h5::test --dataset test", 2, ["drop one"]),
+        ("A.h5::test --dataset test", 2, ["leave one out"]),
         ("A.zarr --dtype f8", 2, ["A.zarr is a Zarr array", "leave --dtype out"]),
     ],
 )
