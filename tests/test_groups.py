@@ -595,14 +595,17 @@ print(count[0])
 
 
 def test_memory_buckets_take_groups(samples):
-    """An object store: the same arrays, record and refusal; objects of another request of other names are swept."""
+    """An object store: the same arrays and record; what another request left is refused until it is deleted."""
     url = "memory://groups/w.zarr"
     plan = pipeline.plan_windows(pipeline.open_matrix(samples / "G.zarr"), STARTS, length=LENGTH)
     with dask.config.set(scheduler="synchronous"):
         with pytest.raises(StopError):
             store(plan, url, StoppingWatch(after=3))  # type: ignore[arg-type]
         other = pipeline.plan_windows(pipeline.open_matrix({"x": samples / "F.zarr"}), STARTS, length=LENGTH)
-        store(other, url, Watch(), overwrite=True)  # type: ignore[arg-type]
+        with pytest.raises(pipeline.OutputExistsError, match="w.zarr.partial"):
+            store(other, url, Watch(), overwrite=True)  # type: ignore[arg-type]
+        url = "memory://groups/other.zarr"
+        store(other, url, Watch())  # type: ignore[arg-type]
         from pipeline.storage.locations import locate
         from pipeline.storage.stores import open_store
 
@@ -610,7 +613,7 @@ def test_memory_buckets_take_groups(samples):
         assert set(made) == {"x", "starts"}
         np.testing.assert_array_equal(made["x"][:], cut(VALUES["features"]))
         assert pipeline.verify(url) == []
-        result = pipeline.store(plan, url, overwrite=True)
+        result = pipeline.store(plan, "memory://groups/w.zarr", resume=True)
     check({name: result[name] for name in VALUES})
 
 

@@ -265,7 +265,7 @@ def test_names(path):
     check_rows(f"{path}::a/b")
     check_rows(f"{path}::/a/b")
     np.testing.assert_array_equal(open_source(path, dataset="/a/b").read_rows(2, 4), ARRAY[2:4])
-    with pytest.raises(InputError, match="named once"):
+    with pytest.raises(InputError, match="both name a data set"):
         open_source(f"{path}::a/b", dataset="a/b")
     for name in ("x", "a/x", "x/b"):
         with pytest.raises(NotFoundError, match=r"it holds a/b$"):
@@ -319,7 +319,7 @@ def test_null_and_reference(path):
         file.create_dataset("reference", data=[file.ref], dtype=h5py.ref_dtype)
     with pytest.raises(OpenError, match="is empty"):
         open_source(path, dataset="null")
-    with pytest.raises(OpenError, match="holds objects"):
+    with pytest.raises(OpenError, match="holds Python objects"):
         open_source(path, dataset="reference")
 
 

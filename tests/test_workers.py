@@ -310,7 +310,7 @@ class TestStores:
 
     @pytest.mark.parametrize("name", ["A.npy", "A.zarr"])
     def test_sources(self, active, samples, name, tmp_path, values):
-        sight = fingerprint_source(pipeline.matrix.sources.open_source(samples / name)).sample()
+        sight = fingerprint_source(pipeline.matrix.formats.open_source(samples / name)).sample()
         assert len(sight.parts) == 1
         assert sight.look() == ""
         matrix = pipeline.create_matrix(samples / name, tmp_path / "B.zarr")
