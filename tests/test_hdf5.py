@@ -270,7 +270,7 @@ def test_names(path):
     for name in ("x", "a/x", "x/b"):
         with pytest.raises(NotFoundError, match=r"it holds a/b$"):
             open_source(f"{path}::{name}")
-    with pytest.raises(NotFoundError, match="has no 'a'"):
+    with pytest.raises(NotFoundError, match="has no data set 'a'"):
         open_source(path, dataset="a")
     with pytest.raises(InputError, match="a single number"):
         open_source(path, dataset="scalar")
