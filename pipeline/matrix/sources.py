@@ -185,7 +185,7 @@ class RandomSource:
 
     Examples
     --------
-    >>> source = open_source("random:5000x3", seed=7)
+    >>> source = RandomSource((5000, 3), np.dtype("f8"), seed=7)
     >>> bool((source.read_rows(0, 5000)[1020:1030] == source.read_rows(1020, 1030)).all())
     True
     """
